@@ -1,7 +1,10 @@
 """Image files: which ones a folder holds, and the pixels of one, whatever kind it is."""
 
+import errno
+import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -13,6 +16,44 @@ SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 VERSION_FIELDS = ("size", "ETag", "etag", "mtime", "LastModified", "updated")
+MAX_PIXELS = 89_478_485  # Pillow's threshold; 4 copies as RGBA, the most that is held, are 1.4 GB
+OF_ONE_FILE = frozenset(  # errors that say nothing about the disk
+    getattr(errno, name)
+    for name in ("ENOENT", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG")
+)
+
+
+class StorageError(OSError):
+    """A disk or an object store failed: nothing is known about the image that was to be read."""
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Tell apart what is wrong with one file, which stays as it is, and a failing disk or object
+    store, which becomes a StorageError.
+    """
+    try:
+        yield
+    except (MemoryError, StorageError):
+        raise
+    except Exception as error:
+        if "://" in uri:
+            # Without permission in a store is usually without valid credentials.
+            own = isinstance(error, (FileNotFoundError, IsADirectoryError, ValueError))
+        else:
+            own = not isinstance(error, OSError) or error.errno in (OF_ONE_FILE | {None})
+        if own:
+            raise
+        raise StorageError(f"cannot read {uri}: {type(error).__name__}: {error}") from error
+
+
+def fetch(uri: str, offset: int = 0, size: int = -1) -> bytes:
+    """The bytes of a file, or of a part of it. Raises OSError, or StorageError if storage fails."""
+    with reading(uri), (UPath(uri) if "://" in uri else Path(uri)).open("rb") as file:
+        if offset:
+            file.seek(offset)
+        data: bytes = file.read(size)
+        return data
 
 
 def list_images(root: UPath) -> list[tuple[str, str, str]]:
@@ -40,7 +81,7 @@ def _local_images(folder: str, above: frozenset[str]) -> Iterator[tuple[str, str
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not entry.name.startswith("."):
                     yield from _local_images(entry.path, above | {real})
             elif _is_image(entry.name):
@@ -52,19 +93,28 @@ def _local_images(folder: str, above: frozenset[str]) -> Iterator[tuple[str, str
                     yield entry.path, f"{stat.st_size}/{stat.st_mtime_ns}"
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(file: IO[bytes]) -> Image.Image:
+def read_image(file: IO[bytes] | bytes) -> Image.Image:
     """The (first) image in a file: 8 bits a channel, mode RGB, or L if it has no colour.
 
     The EXIF rotation is applied, 16 bits become 8, and what is transparent becomes white. Raises
     what Pillow raises on a file that it cannot read (OSError, SyntaxError, ...), and ValueError on
-    floating-point pixels.
+    floating-point pixels and on more than MAX_PIXELS.
     """
-    with Image.open(file) as image:
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bits(image)
