@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from upath import UPath
 
 SUFFIXES = frozenset(
@@ -112,7 +112,14 @@ def read_image(file: IO[bytes] | bytes) -> Image.Image:
     what Pillow raises on a file that it cannot read (OSError, SyntaxError, ...), and ValueError on
     floating-point pixels and on more than MAX_PIXELS.
     """
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        opened = Image.open(file)
+    except UnidentifiedImageError:  # its message has an address in memory
+        empty = not file.seek(0, io.SEEK_END)
+        reason = "the file is empty" if empty else "no kind of image that Pillow knows"
+        raise UnidentifiedImageError(reason) from None
+    with opened as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         image.load()

@@ -23,13 +23,18 @@ class Progress:
         self.stage, self.total, self.unit, self.interval = stage, total, unit, interval
         self.started, self.first, self.printed = time.monotonic(), done, 0.0
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start, more than none."""
+        return max(time.monotonic() - self.started, 1e-9)
+
     def update(self, done: int, **values: float) -> None:
         """Tell how far the stage is; the values are printed behind it."""
         now = time.monotonic()
         if now - self.printed < self.interval and done < self.total:
             return
         self.printed = now
-        rate = (done - self.first) / max(now - self.started, 1e-9)
+        rate = (done - self.first) / self.elapsed
         left = (self.total - done) / rate if rate > 0 else float("inf")
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(  # noqa: T201

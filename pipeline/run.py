@@ -3,6 +3,7 @@
 import sys
 
 from pipeline.config import UsageError, exit_with_usage_error, parse_command
+from pipeline.image_files import StorageError
 from pipeline.sources import SourceError
 
 
@@ -19,7 +20,7 @@ def main() -> None:
         stages = run.stages()
         for name in command.stages:
             stages[name]()
-    except (UsageError, SourceError) as error:
+    except (UsageError, SourceError, StorageError) as error:
         exit_with_usage_error(error)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last checkpoint")

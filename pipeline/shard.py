@@ -5,27 +5,37 @@ in parallel, each from its own list of samples. So names and bytes depend on the
 configuration alone, and a shard that is there need not be written again.
 """
 
+import dataclasses
 import json
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 from upath import UPath
 
+from pipeline.image_files import StorageError
 from pipeline.progress import Progress
 from pipeline.shard_writer import Record, ShardConfig, ShardTask, write_shard_row
 from pipeline.sources import SPLITS, Sample, Source, SourceError, key_hash
 from pipeline.stage import Manifest, fingerprint
 
-__all__ = ["ShardConfig", "build_manifest", "plan", "shard"]
+__all__ = ["ShardConfig", "build_manifest", "plan", "shard", "shard_identity"]
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1  # changes with anything in the code that changes what shards hold
+LAYOUT = 2  # changes with anything in the code that changes what shards hold
+
+
+def shard_identity(source: Source, config: ShardConfig) -> str:
+    """Fingerprint of all that the shards depend on; what may be bad is no part of it."""
+    return fingerprint(
+        "shard", LAYOUT, source.fingerprint(), dataclasses.replace(config, max_bad=0.0)
+    )
 
 
 def plan(source: Source, samples_per_shard: int) -> list[ShardTask]:
@@ -54,34 +64,66 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
     """Write the shards of a source with Ray Data; returns the manifest, which the caller writes.
 
     Ray is initialised by the caller. Shards that an interrupted call left are kept. Images that
-    cannot be read are listed in the manifest's `quarantine`. Raises SourceError if a class has no
-    readable train image.
+    cannot be read are listed in the manifest's `quarantine`. Raises SourceError if there are more
+    of them than `max_bad` allows, as soon as there are, or if a class has no readable train image;
+    and StorageError if a disk or an object store fails, after which the same call goes on.
     """
     import ray.data
 
     tasks = plan(source, config.samples_per_shard)
-    identity = fingerprint(LAYOUT, source.fingerprint(), config)
+    identity = shard_identity(source, config)
     directory = directory.absolute()  # the tasks run elsewhere
     for split in SPLITS:
         (directory / split).mkdir(parents=True, exist_ok=True)
     _quieten_ray_data()
     rows = [{"task": pickle.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        write_shard_row,
-        fn_kwargs={
-            "read": source.read,
-            "config": config,
-            "directory": directory,
-            "identity": identity,
-        },
-    )
+    total = sum(len(task.samples) for task in tasks)
+    bad = [{"key": key, "reason": reason} for key, reason in source.rejected]
+    _stop_if_too_many(bad, total + len(bad), config.max_bad)
     records: dict[str, Record] = {}
-    with _ticking(sum(len(task.samples) for task in tasks)) as tick:
-        for row in dataset.iter_rows():
-            record = json.loads(row["record"])
-            records[record["name"]] = record
-            tick(record["count"] + len(record["quarantine"]), record["reused"])
+    with _ticking(total) as (meter, tick):
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            write_shard_row,
+            fn_kwargs={
+                "read": source.read,
+                "config": config,
+                "directory": directory,
+                "identity": identity,
+                "report": meter,
+            },
+        )
+        try:
+            for row in dataset.iter_rows():
+                record = json.loads(row["record"])
+                records[record["name"]] = record
+                bad += record["quarantine"]
+                _stop_if_too_many(bad, total + len(source.rejected), config.max_bad)
+                tick(record)
+        except Exception as error:
+            if cause := _storage_error(error):
+                raise StorageError(f"{cause}; the same command goes on from here") from error
+            raise
     return build_manifest(source, config, [(task, records[task.name]) for task in tasks])
+
+
+def _stop_if_too_many(bad: Sequence[dict[str, str]], total: int, max_bad: float) -> None:
+    if len(bad) <= max_bad * total:
+        return
+    kinds = Counter(entry["reason"].partition(":")[0] for entry in bad).most_common(5)
+    raise SourceError(
+        f"{len(bad)} of {total} images cannot be read, more than shard.max_bad = {max_bad:g} "
+        f"allows: {', '.join(f'{count} x {kind}' for kind, count in kinds)}; such as "
+        + "; ".join(f"{entry['key']} ({entry['reason']})" for entry in bad[:3])
+    )
+
+
+def _storage_error(error: BaseException | None) -> str | None:
+    """What the storage failed with, if that is what lies under Ray's exceptions."""
+    while error is not None:
+        if isinstance(error, StorageError):
+            return " ".join(str(getattr(error, "cause", error)).split())[:300]
+        error = error.__cause__ or getattr(error, "cause", None)
+    return None
 
 
 def _quieten_ray_data() -> None:
@@ -96,29 +138,70 @@ def _quieten_ray_data() -> None:
             handler.setLevel(logging.WARNING)
 
 
-@contextmanager
-def _ticking(total: int) -> Iterator[Callable[[int, bool], None]]:
-    """Progress in images, told every few seconds even while no shard ends."""
-    progress, ended = Progress("shard", total, unit="images"), threading.Event()
-    done = 0
+class _Counter:
+    """An actor: what all tasks have done so far."""
 
-    def tick(images: int, reused: bool) -> None:
-        nonlocal done
-        done += images
-        progress.first += images if reused else 0  # the rate is that of the work
-        progress.update(done)
+    def __init__(self) -> None:
+        self.images = self.bytes = 0
+
+    def add(self, images: int, size: int) -> None:
+        self.images += images
+        self.bytes += size
+
+    def read(self) -> tuple[int, int]:
+        return self.images, self.bytes
+
+
+class _Report:
+    """Tells the counter; it travels to the tasks."""
+
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+
+    def __call__(self, images: int, size: int) -> None:
+        self._counter.add.remote(images, size)
+
+
+@contextmanager
+def _ticking(total: int) -> Iterator[tuple[_Report, Callable[[Record], None]]]:
+    """Progress in images, told every few seconds even while no shard ends: what tasks report to,
+    and what is called with every record.
+    """
+    import ray
+
+    actor: Any = ray.remote(num_cpus=0)(_Counter)
+    counter = actor.remote()
+    progress, ended = Progress("shard", total, unit="images"), threading.Event()
+    reused = finished = 0
+
+    def tick(record: Record) -> None:
+        nonlocal reused, finished
+        images = record["count"] + len(record["quarantine"])
+        finished += images
+        if record["reused"]:
+            reused += images
+            progress.first += images  # the rate is that of the work
+        if finished == total:
+            tell(total)
+
+    def tell(done: int | None = None) -> None:
+        images, size = ray.get(counter.read.remote())
+        # A task that was tried twice reports twice; and the end is told when it is reached.
+        rate = size / 2**20 / progress.elapsed
+        progress.update(done or min(reused + images, total - 1), **{"MiB/s": rate})
 
     def repeat() -> None:
         while not ended.wait(1.0):
-            progress.update(min(done, total - 1))  # tick alone tells of the end
+            tell()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
-        yield tick
+        yield _Report(counter), tick
     finally:
         ended.set()
         thread.join()
+        ray.kill(counter)
 
 
 def build_manifest(
@@ -128,7 +211,9 @@ def build_manifest(
     splits: dict[str, dict[str, Any]] = {
         split: {"counts": [0] * len(source.class_names), "shards": []} for split in SPLITS
     }
-    quarantine = []
+    quarantine: list[dict[str, str]] = [
+        {"key": key, "reason": reason} for key, reason in source.rejected
+    ]
     for task, record in results:
         quarantine += [{"split": task.split, **entry} for entry in record["quarantine"]]
         if record["count"]:
@@ -145,7 +230,7 @@ def build_manifest(
         logger.warning(
             "%d of %d images cannot be read; see quarantine in the manifest (first: %s: %s)",
             len(quarantine),
-            sum(len(task.samples) for task, _ in results),
+            sum(len(task.samples) for task, _ in results) + len(source.rejected),
             first["key"],
             first["reason"],
         )
@@ -153,7 +238,13 @@ def build_manifest(
         if not count:
             name = source.class_names[label]
             raise SourceError(f"none of the train images of class {name!r} can be read")
-    mean, std = _statistics([record for task, record in results if task.split == "train"], config)
+    train = [(task, record) for task, record in results if task.split == "train"]
+    mean, std = _statistics([record for _, record in train], config)
+    _tell_imbalance(source.class_names, splits["train"]["counts"])
+    by_class = []
+    for label in range(len(source.class_names)):
+        mine = [record for task, record in train if task.class_index == label]
+        by_class.append(dict(zip(("mean", "std"), _statistics(mine, config), strict=True)))
     return {
         "class_names": list(source.class_names),
         "channels": config.channels,
@@ -161,10 +252,24 @@ def build_manifest(
         "encoding": config.encoding,
         "mean": mean,
         "std": std,
+        "by_class": by_class,
         "splits": splits,
         "quarantine": quarantine,
         "peak_rss_bytes": max(record["peak_rss_bytes"] for _, record in results),
     }
+
+
+def _tell_imbalance(names: Sequence[str], counts: Sequence[int]) -> None:
+    few, many = counts.index(min(counts)), counts.index(max(counts))
+    if counts[many] >= 10 * counts[few]:
+        logger.warning(
+            "long-tailed: from %d train images (%s) to %d (%s) a class; every class has the same "
+            "weight in distillation",
+            counts[few],
+            names[few],
+            counts[many],
+            names[many],
+        )
 
 
 def _statistics(records: list[Record], config: ShardConfig) -> tuple[list[float], list[float]]:

@@ -8,14 +8,17 @@ import io
 import json
 import pickle
 import tarfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from upath import UPath
 
+from pipeline.image_files import StorageError
 from pipeline.sources import Sample, Split
 from pipeline.stage import peak_rss_bytes, read_json, write_atomic
 
@@ -41,11 +44,15 @@ class ShardConfig:
     """Images in a shard, at most."""
     shard_mib: int = 64
     """MiB in a shard, at most, reckoned with uncompressed images."""
+    max_bad: float = 0.01
+    """Part of all images that may be unreadable; more stop the stage."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "shard_size", "shard_mib"):
             if getattr(self, name) < 1:
                 raise ValueError(f"shard.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"shard.max_bad must be within [0, 1], got {self.max_bad}")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"shard.jpeg_quality must be 1 to 100, got {self.jpeg_quality}")
 
@@ -84,34 +91,56 @@ def write_shard(
     config: ShardConfig,
     directory: UPath,
     identity: str,
+    report: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Write a shard, and then its record as JSON beside it, unless both are there already.
 
     The shard has the members <key>.<suffix> (image) and <key>.cls (label); the record names the
     source's own keys in the same order. `identity` is the fingerprint of source and configuration.
+    Images that cannot be read are left out and listed in the record; they are tried again when the
+    stage is. `report` is told, now and then, how many (images, bytes) have been dealt with since.
+    Raises StorageError if the storage fails.
     """
     path, record_path = directory / f"{task.name}.tar", directory / f"{task.name}.json"
     known: Record | None = read_json(record_path)
-    if known and known["identity"] == identity and _size(path) == known["bytes"]:
+    if (
+        known
+        and known["identity"] == identity
+        and not known["quarantine"]
+        and _size(path) == known["bytes"]
+    ):
         return {**known, "reused": True, "peak_rss_bytes": peak_rss_bytes()}
-    keys, quarantine = [], []
-    total = np.zeros(config.channels, dtype=np.int64)
-    squares = np.zeros_like(total)
+    encoded: dict[str, bytes] = {}
+    bad: dict[str, str] = {}
+    histogram = np.zeros(256 * config.channels, dtype=np.int64)
+    meter = _Meter(report)
+    # As they lie in the source's files, which may be cheap to read in their order alone.
+    for sample in sorted(task.samples, key=lambda sample: (sample.uri, sample.where)):
+        try:
+            image = square(read(sample), config.image_size, config.channels)
+        except (StorageError, MemoryError):
+            raise
+        except Exception as error:  # whatever a decoder throws at a broken file
+            bad[sample.key] = _reason(error)
+            meter.add(0)
+            continue
+        histogram += image.histogram()
+        encoded[sample.key] = encode(image, config)
+        meter.add(len(encoded[sample.key]))
+    meter.tell()
+    label = str(task.class_index).encode()
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, sample in enumerate(task.samples, task.first):
-            try:
-                image = square(read(sample), config.image_size, config.channels)
-            except Exception as error:  # whatever a decoder throws at a broken file
-                quarantine.append({"key": sample.key, "reason": _reason(error)})
-                continue
-            pixels = np.asarray(image).reshape(-1, config.channels).astype(np.int64)
-            total += pixels.sum(0)
-            squares += (pixels * pixels).sum(0)
-            key = f"{task.class_index:04d}-{index:07d}"
-            _add(tar, f"{key}.{SUFFIX[config.encoding]}", encode(image, config))
-            _add(tar, f"{key}.cls", str(task.class_index).encode())
+    keys = []
+    for index, sample in enumerate(task.samples, task.first):
+        if sample.key in encoded:
+            name = f"{task.class_index:04d}-{index:07d}"
+            _add(buffer, f"{name}.{SUFFIX[config.encoding]}", encoded.pop(sample.key))
+            _add(buffer, f"{name}.cls", label)
             keys.append(sample.key)
+    buffer.write(bytes(-(buffer.tell() + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
+    buffer.write(bytes(2 * tarfile.BLOCKSIZE))
+    counts, values = histogram.reshape(config.channels, 256), np.arange(256)
+    quarantine = [{"key": s.key, "reason": bad[s.key]} for s in task.samples if s.key in bad]
     data = buffer.getvalue() if keys else b""
     record: Record = {
         "identity": identity,
@@ -119,8 +148,8 @@ def write_shard(
         "count": len(keys),
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "sum": total.tolist(),
-        "sum_squares": squares.tolist(),
+        "sum": (counts * values).sum(1).tolist(),
+        "sum_squares": (counts * values**2).sum(1).tolist(),
         "keys": keys,
         "quarantine": quarantine,
     }
@@ -158,10 +187,57 @@ def encode(image: Image.Image, config: ShardConfig) -> bytes:
     return buffer.getvalue()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # time, owner and group 0
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+class _Meter:
+    """Gathers what is to be reported: often enough to see it move, too seldom to cost time."""
+
+    INTERVAL = 1.0  # seconds
+
+    def __init__(self, report: Callable[[int, int], None] | None) -> None:
+        self._report, self._images, self._bytes = report, 0, 0
+        self._told = time.monotonic()
+
+    def add(self, size: int) -> None:
+        """One image has been dealt with, and takes so many bytes."""
+        self._images += 1
+        self._bytes += size
+        if time.monotonic() - self._told > self.INTERVAL:
+            self.tell()
+
+    def tell(self) -> None:
+        """Report what has not been reported."""
+        if self._report and self._images:
+            self._report(self._images, self._bytes)
+        self._images, self._bytes, self._told = 0, 0, time.monotonic()
+
+
+def _add(tar: io.BytesIO, name: str, data: bytes) -> None:
+    """Append a file to a ustar archive, as the tarfile module would, which takes its time."""
+    tar.write(_header(name, len(data)))
+    tar.write(data)
+    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+
+def _header(name: str, size: int) -> bytes:
+    raw_name, raw_size = name.encode(), b"%011o" % size
+    blank = _blank_header()
+    checksum = sum(blank) + sum(raw_name) + sum(raw_size) - sum(blank[124:135])
+    return b"".join(
+        (
+            raw_name.ljust(100, b"\0"),
+            blank[100:124],
+            raw_size,
+            blank[135:148],
+            b"%06o\0 " % checksum,
+            blank[156:],
+        )
+    )
+
+
+@cache
+def _blank_header() -> bytes:
+    """Of a file without a name, its checksum as blanks; time, owner and group are 0."""
+    header = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+    return header[:148] + b" " * 8 + header[156:]
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from pipeline.distill import DistillJob, distill
 from pipeline.evaluate import EvaluationTask, SetName, evaluate, table
 from pipeline.pretrain import PretrainJob, pretrain
 from pipeline.progress import append_rows, read_rows
-from pipeline.shard import LAYOUT, shard
+from pipeline.shard import shard, shard_identity
 from pipeline.sources import Source, open_source
 from pipeline.stage import (
     Manifest,
@@ -81,9 +81,7 @@ class Run:
         """The shards' place in the cache; it follows from the source's content and the shard
         options.
         """
-        return self.config.cache(
-            "shard", fingerprint("shard", LAYOUT, self.source.fingerprint(), self.config.shard)
-        )
+        return self.config.cache("shard", shard_identity(self.source, self.config.shard))
 
     @cached_property
     def shards(self) -> Manifest:

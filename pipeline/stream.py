@@ -4,6 +4,7 @@ A class that fits its share of the budget is decoded once and stays. Otherwise a
 memory, which moves on through the class as the steps go by.
 """
 
+import logging
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from pipeline.shard_reader import ShardError, ShardReader, ShardSet, decode_thre
 from pipeline.sources import Split
 
 __all__ = ["ClassStreams", "ShardError", "ShardSet", "StreamedImages", "pool_sizes"]
+
+logger = logging.getLogger(__name__)
 
 REAL_BATCH = "real_batch"
 
@@ -65,6 +68,7 @@ class ClassStreams:
         if not 0 < rotate_share <= 1:
             raise ValueError(f"rotate_share must be within (0, 1], got {rotate_share}")
         self._seed, self._rotate_every, self._threads = seed, rotate_every, decode_threads()
+        self._told: set[int] = set()
         sizes = pool_sizes(shards.counts(split), memory_budget_bytes // shards.image_bytes)
         self._pools = {
             c: _ClassPool(
@@ -83,6 +87,7 @@ class ClassStreams:
         pool = self._pools[class_index]
         if not pool.order.count:
             raise ValueError(f"class {class_index} has no images in this split")
+        self._tell_small_classes(size)
         size = min(size, pool.order.count)
         generator = keyed_generator(self._seed, purpose, step, class_index)
         if purpose != REAL_BATCH:
@@ -96,6 +101,24 @@ class ClassStreams:
             )
         images = pool.at(step // self._rotate_every)
         return images[torch.randperm(pool.size, generator=generator)[:size]]
+
+    def _tell_small_classes(self, size: int) -> None:
+        """Say once which classes are smaller than a batch."""
+        if size in self._told:
+            return
+        self._told.add(size)
+        counts = {c: pool.order.count for c, pool in self._pools.items()}
+        small = [c for c, count in counts.items() if count < size]
+        if small:
+            logger.warning(
+                "%d of %d classes are smaller than a batch of %d images (the smallest, class %d, "
+                "has %d): all their images are in every batch, each once",
+                len(small),
+                len(counts),
+                size,
+                min(small, key=counts.__getitem__),
+                min(counts[c] for c in small),
+            )
 
 
 class _Order:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pipeline.sources import SPLITS, FolderSource, Sample, SourceError, Split
 from pipeline.stage import Manifest
 from pipeline.stream import ShardSet
 
-CONFIG = ShardConfig(image_size=32, shard_size=16)
+CONFIG = ShardConfig(image_size=32, shard_size=16, max_bad=0.02)
 
 
 def folder(path: Path) -> FolderSource:
@@ -124,6 +125,40 @@ def test_statistics_are_those_of_all_train_pixels(sharded: tuple[Path, Manifest]
     np.testing.assert_allclose(manifest["std"], pixels.std(1, correction=0), rtol=1e-12)
 
 
+def test_statistics_of_classes(sharded: tuple[Path, Manifest]) -> None:
+    directory, manifest = sharded
+    data = ShardSet(UPath(directory), manifest).load("train")
+    assert len(manifest["by_class"]) == 4
+    for label, entry in enumerate(manifest["by_class"]):
+        pixels = data.images[data.labels == label].double().permute(1, 0, 2, 3).flatten(1) / 255
+        np.testing.assert_allclose(entry["mean"], pixels.mean(1), rtol=1e-12)
+        np.testing.assert_allclose(entry["std"], pixels.std(1, correction=0), rtol=1e-12)
+
+
+def test_progress_is_told_within_a_shard(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.shard_writer._Meter.INTERVAL", 0.0)
+    source, told = folder(tree), list[tuple[int, int]]()
+    (tmp_path / "train").mkdir()
+    task = plan(source, 100)[1]
+    write_shard(
+        task,
+        read=source.read,
+        config=CONFIG,
+        directory=UPath(tmp_path),
+        identity="",
+        report=lambda images, size: told.append((images, size)),
+    )
+    assert len(told) > 10
+    assert sum(images for images, _ in told) == 40
+    assert (
+        39 * 1000
+        < sum(size for _, size in told)
+        < (tmp_path / "train/0001-00000.tar").stat().st_size
+    )
+
+
 def test_bytes_do_not_depend_on_parallelism(
     tree: Path, sharded: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
@@ -176,24 +211,62 @@ for task in plan(source, config.samples_per_shard):
 """
 
 
-def test_killed_anywhere_the_bytes_are_the_same(
-    tree: Path, sharded: tuple[Path, Manifest], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_killed_anywhere_the_bytes_are_the_same(tree: Path, tmp_path: Path, kills: int) -> None:
+    write_serially(folder(tree), CONFIG, tmp_path / "whole")
+    whole = tars(tmp_path / "whole")
+    moments = random.Random(0)
     for split in SPLITS:
-        (tmp_path / split).mkdir()
-    for count, delay in ((1, 0.0), (2, 0.07), (4, 0.13)):
-        command = [sys.executable, "-c", SLOW_WRITER, str(tree), str(tmp_path)]
+        (tmp_path / "killed" / split).mkdir(parents=True)
+    for kill in range(kills):
+        before = tars(tmp_path / "killed")
+        command = [sys.executable, "-c", SLOW_WRITER, str(tree), str(tmp_path / "killed")]
         with subprocess.Popen(command) as process:
-            while len(tars(tmp_path)) < count and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(delay)
+            # At work, by its temporary file or the next shard; then any time within a shard or two.
+            deadline = time.monotonic() + 120
+            while len(tars(tmp_path / "killed")) <= kill * len(whole) // (kills + 2):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
-        whole = tars(sharded[0])
-        left = tars(tmp_path)
-        assert left.items() <= whole.items()  # what has its final name is whole
+        left = tars(tmp_path / "killed")
+        assert before.items() <= left.items() <= whole.items()  # what has its final name is whole
     assert 0 < len(left) < len(whole)
-    write_serially(folder(tree), CONFIG, tmp_path)
-    assert tars(tmp_path) == whole
+    write_serially(folder(tree), CONFIG, tmp_path / "killed")
+    assert tars(tmp_path / "killed") == whole
+
+
+STAGE = """
+import sys
+import ray
+from upath import UPath
+from pipeline.shard import ShardConfig, shard
+from pipeline.sources import FolderSource
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+config = ShardConfig(image_size=32, shard_size=4, max_bad=0.02)
+shard(FolderSource(UPath(sys.argv[1]), 0.1), config, UPath(sys.argv[2]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_the_stage_itself_killed_leaves_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    config = ShardConfig(image_size=32, shard_size=4, max_bad=0.02)
+    write_serially(folder(tree), config, tmp_path / "whole")
+    whole, moments = tars(tmp_path / "whole"), random.Random(1)
+    command = [sys.executable, "-c", STAGE, str(tree), str(tmp_path / "killed")]
+    for kill in range(10):
+        with subprocess.Popen(command) as process:
+            while len(tars(tmp_path / "killed")) <= 4 * kill and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+        time.sleep(1)  # the tasks end with their driver
+        assert tars(tmp_path / "killed").items() <= whole.items()
+    subprocess.run(command, check=True)
+    assert tars(tmp_path / "killed") == whole
 
 
 @pytest.mark.parametrize("encoding", ["png", "jpeg", "raw"])
@@ -258,6 +331,7 @@ class ListedSource:
     """Keys without images."""
 
     class_names = ("a", "b")
+    rejected = ()
 
     def __init__(self, samples: list[Sample]) -> None:
         self._samples = samples
@@ -308,6 +382,16 @@ def test_a_class_without_a_readable_image_stops_the_stage(tmp_path: Path) -> Non
         build_manifest(source, CONFIG, [(task, record)])
 
 
+def test_long_tails_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, count in (("a", 2), ("b", 22)):
+        for number in range(count):
+            path = tmp_path / f"tree/{name}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4)).save(path)
+    write_serially(folder(tmp_path / "tree"), CONFIG, tmp_path / "shards")
+    assert "long-tailed: from 1 train images (a) to" in caplog.text
+
+
 def test_shards_are_bounded_in_bytes() -> None:
     assert ShardConfig(image_size=32).samples_per_shard == 1000
     assert ShardConfig(image_size=224, shard_mib=16).samples_per_shard == 16 * 2**20 // 152_576
@@ -319,6 +403,7 @@ def test_shards_are_bounded_in_bytes() -> None:
     [
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
+        ({"max_bad": 1.5}, r"max_bad must be within \[0, 1\], got 1.5"),
         ({"jpeg_quality": 101}, "jpeg_quality must be 1 to 100, got 101"),
     ],
 )

@@ -22,7 +22,7 @@ from pipeline.shard_writer import write_shard
 from pipeline.sources import SPLITS, FolderSource, Sample, Source, Split
 from pipeline.stream import ClassStreams, ShardError, ShardSet, StreamedImages, pool_sizes
 
-COUNTS = {"train": (100, 64, 7), "val": (5, 0, 3)}
+COUNTS = {"train": (100, 64, 7), "val": (5, 0, 3), "select": (0, 0, 0)}
 IMAGE_BYTES = 3 * 4 * 4
 
 
@@ -30,6 +30,7 @@ class NumberedSource:
     """Plain images of 4 x 4 px whose colour tells the class and the number."""
 
     class_names = ("a", "b", "c")
+    rejected = ()
 
     def samples(self, split: Split) -> list[Sample]:
         return [
@@ -230,6 +231,17 @@ def test_the_pool_stays_within_its_share(shards: ShardSet) -> None:
         if pool._next
     )
     assert 0.8 * ROTATING < held + 7 * IMAGE_BYTES <= ROTATING
+
+
+def test_small_classes_are_told_once(shards: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
+    stream = streams(shards, budget=RESIDENT)
+    for step in range(3):
+        for label in range(3):
+            assert sorted(numbers(stream.batch(2, step, 20))) == list(range(7))
+            stream.batch(label, step, 20)
+    (record,) = caplog.records
+    assert "1 of 3 classes are smaller than a batch of 20" in record.message
+    assert "class 2, has 7" in record.message
 
 
 def test_too_small_a_budget_is_told(shards: ShardSet) -> None:
