@@ -1,0 +1,187 @@
+"""The shard stage against a plain multiprocess Pillow loop on the same cores, in the same run.
+
+    python tests/benchmarks/bench_shard.py --count 4000 --workers 2 --out shard.json
+
+JPEGs are made on the spot (under --work, where they stay for the next run). Both sides decode,
+resize and encode all of them, by turns, `--repeats` times; the ratio is that of the medians. The
+memory is the peak of every process, for a quarter of the images and then for all: it must not grow.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+from PIL import Image
+from upath import UPath
+
+from pipeline.shard import ShardConfig, shard
+from pipeline.sources import FolderSource
+
+
+def make_image(number: int, root: Path, classes: int, size: tuple[int, int]) -> None:
+    """A JPEG of smooth noise, about as large in bytes as a photograph of its size."""
+    path = root / f"train/{number % classes:04d}/{number:07d}.jpg"
+    if not path.exists():
+        noise = np.random.default_rng(number).integers(0, 256, (60, 75, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+    if number < classes:
+        link = root / f"val/{number:04d}/0.jpg"
+        if not link.exists():
+            link.hardlink_to(path)
+
+
+def plain(path: str, size: int, encoding: str) -> int:
+    """What anybody would write: decode, resize and cut, encode."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    short = min(image.size)
+    left, upper = (image.width - short) // 2, (image.height - short) // 2
+    box = (left, upper, left + short, upper + short)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    file = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if encoding == "jpeg" else {}
+    image.save(file, encoding, **options)
+    return len(file.getvalue())
+
+
+def peaks() -> dict[int, tuple[str, int]]:
+    """Name and peak resident bytes of every process below this one, and of this one (Linux)."""
+    found: dict[int, dict[str, str]] = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:
+            continue
+        found[int(status.parent.name)] = dict(
+            line.split(":\t", 1) for line in lines if ":\t" in line
+        )
+    mine, grew = {multiprocessing.current_process().pid}, True
+    while grew:
+        below = {pid for pid, fields in found.items() if int(fields["PPid"]) in mine}
+        grew = not below <= mine
+        mine |= below
+    return {
+        pid: (found[pid]["Name"], int(found[pid]["VmHWM"].split()[0]) * 1024)
+        for pid in mine
+        if pid in found and "VmHWM" in found[pid]
+    }
+
+
+@contextmanager
+def watched() -> Iterator[dict[int, tuple[str, int]]]:
+    """The peaks of all processes that there are meanwhile."""
+    seen: dict[int, tuple[str, int]] = {}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while True:
+            seen.update(peaks())
+            if ended.wait(0.5):
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+        seen.update(peaks())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--width", type=int, default=500)
+    parser.add_argument("--height", type=int, default=400)
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--encoding", choices=["png", "jpeg"], default="png")
+    parser.add_argument("--shard-size", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench_shard")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    size = (args.width, args.height)
+    trees = {}
+    for count in (args.count // 4, args.count):
+        root = trees[count] = args.work / f"{args.width}x{args.height}-{args.classes}-{count}"
+        for label in range(args.classes):
+            (root / f"train/{label:04d}").mkdir(parents=True, exist_ok=True)
+            (root / f"val/{label:04d}").mkdir(parents=True, exist_ok=True)
+        make = partial(make_image, root=root, classes=args.classes, size=size)
+        with multiprocessing.Pool(args.workers) as pool:
+            pool.map(make, range(count), chunksize=64)
+    config = ShardConfig(
+        image_size=args.image_size, encoding=args.encoding, shard_size=args.shard_size
+    )
+    loop = partial(plain, size=args.image_size, encoding=args.encoding)
+    target = args.work / "shards"
+
+    def ours(count: int) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        shard(FolderSource(UPath(trees[count]), 0.1), config, UPath(target))
+
+    ray.init(address="local", num_cpus=args.workers, include_dashboard=False, logging_level="ERROR")
+    memory, times = {}, {"plain": [], "shard": []}
+    paths = sorted(str(path) for path in trees[args.count].glob("*/*/*.jpg"))
+    with watched() as small:
+        ours(args.count // 4)
+    memory[args.count // 4] = sorted(small.values(), key=lambda item: -item[1])
+    with watched() as large, multiprocessing.Pool(args.workers) as pool:
+        list(pool.imap_unordered(loop, paths[:64], chunksize=8))
+        for _ in range(args.repeats):
+            times["plain"].append(
+                seconds(lambda: list(pool.imap_unordered(loop, paths, chunksize=16)))
+            )
+            times["shard"].append(seconds(lambda: ours(args.count)))
+    memory[args.count] = sorted(large.values(), key=lambda item: -item[1])
+    ray.shutdown()
+    rates = {name: len(paths) / statistics.median(taken) for name, taken in times.items()}
+    workers = {count: max(b for name, b in p if "ray::" in name) for count, p in memory.items()}
+    result = {
+        "options": {key: str(value) for key, value in vars(args).items()},
+        "seconds": times,
+        "images_per_s": rates,
+        "ratio": rates["shard"] / rates["plain"],
+        "peak_rss_mib": {
+            count: [(name, round(size / 2**20)) for name, size in found]
+            for count, found in memory.items()
+        },
+        "worker_growth": workers[args.count] / workers[args.count // 4],
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1))
+    print(f"{len(paths)} JPEGs of {args.width} x {args.height} px -> {args.image_size} px")
+    for name, rate in rates.items():
+        print(f"{name:6} {rate:8.1f} images/s   runs {[round(t, 1) for t in times[name]]} s")
+    print(f"ratio  {result['ratio']:8.3f}")
+    for count, found in memory.items():
+        most = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in found[:4])
+        print(f"peak MiB of a process with {count} images: {most}")
+    print(f"largest task process: {result['worker_growth']:.3f} times as large with all images")
+
+
+if __name__ == "__main__":
+    main()
