@@ -92,17 +92,16 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
                 "report": meter,
             },
         )
-        try:
-            for row in dataset.iter_rows():
-                record = json.loads(row["record"])
-                records[record["name"]] = record
-                bad += record["quarantine"]
-                _stop_if_too_many(bad, total + len(source.rejected), config.max_bad)
-                tick(record)
-        except Exception as error:
-            if cause := _storage_error(error):
-                raise StorageError(f"{cause}; the same command goes on from here") from error
-            raise
+        for row in dataset.iter_rows():
+            record = json.loads(row["record"])
+            if reason := record.get("storage_error"):
+                raise StorageError(
+                    " ".join(f"{reason}; the same command goes on from here".split())
+                )
+            records[record["name"]] = record
+            bad += record["quarantine"]
+            _stop_if_too_many(bad, total + len(source.rejected), config.max_bad)
+            tick(record)
     return build_manifest(source, config, [(task, records[task.name]) for task in tasks])
 
 
@@ -115,15 +114,6 @@ def _stop_if_too_many(bad: Sequence[dict[str, str]], total: int, max_bad: float)
         f"allows: {', '.join(f'{count} x {kind}' for kind, count in kinds)}; such as "
         + "; ".join(f"{entry['key']} ({entry['reason']})" for entry in bad[:3])
     )
-
-
-def _storage_error(error: BaseException | None) -> str | None:
-    """What the storage failed with, if that is what lies under Ray's exceptions."""
-    while error is not None:
-        if isinstance(error, StorageError):
-            return " ".join(str(getattr(error, "cause", error)).split())[:300]
-        error = error.__cause__ or getattr(error, "cause", None)
-    return None
 
 
 def _quieten_ray_data() -> None:

@@ -80,8 +80,12 @@ class ShardTask:
 
 
 def write_shard_row(row: dict[str, Any], **arguments: Any) -> dict[str, str]:
-    """write_shard as Ray Data calls it."""
-    return {"record": json.dumps(write_shard(pickle.loads(row["task"]), **arguments))}
+    """write_shard as Ray Data calls it, which would leave a StorageError's text alone of it."""
+    try:
+        record = write_shard(pickle.loads(row["task"]), **arguments)
+    except StorageError as error:
+        record = {"storage_error": str(error)}
+    return {"record": json.dumps(record)}
 
 
 def write_shard(
