@@ -171,7 +171,8 @@ class Run:
         }
 
         def build() -> Manifest:
-            workers = self._workers(len(self.shards["class_names"]))
+            # Unless told otherwise, workers share a class only if each gets enough of it.
+            workers = self._workers(max(cfg.num_workers or 1, job.most_workers()))
             mine = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
             pool_rows = [
                 row
