@@ -136,21 +136,19 @@ class Run:
 
     # ------------------------------------------------------------------ distill
 
-    @cached_property
-    def distilled(self) -> Manifest:
-        """The synthetic set, in the run's own directory."""
+    def distill_job(self) -> DistillJob:
+        """What the distillation's workers are given."""
         cfg = self.config
         matters = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
         identity = fingerprint(
             "distill", self.shards["fingerprint"], self.pool["fingerprint"], *matters
         )
-        checkpoints = self.directory / "checkpoints" / identity
-        job = DistillJob(
+        return DistillJob(
             shards=self.shard_directory,
             shard_manifest=self.shards,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
-            checkpoints=checkpoints,
+            checkpoints=self.directory / "checkpoints" / identity,
             metrics=self.directory / "metrics.jsonl",
             model=cfg.model,
             synthetic=cfg.synthetic,
@@ -162,6 +160,11 @@ class Run:
             ipc=cfg.ipc,
             seed=cfg.seed,
         )
+
+    @cached_property
+    def distilled(self) -> Manifest:
+        """The synthetic set, in the run's own directory."""
+        cfg, job = self.config, self.distill_job()
         provenance = {
             "command": "python pipeline/run.py " + " ".join(sys.argv[1:]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
@@ -188,7 +191,7 @@ class Run:
                 provenance=provenance,
             )
 
-        return self._stage("distill", checkpoints, identity, build)
+        return self._stage("distill", job.checkpoints, job.checkpoints.name, build)
 
     # ------------------------------------------------------------------ evaluate
 
