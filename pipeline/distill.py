@@ -26,22 +26,10 @@ def distill(
 
     Raises StageError if the loss became NaN or infinite: to start the workers again would not help.
     """
-    (job.checkpoints / FATAL).unlink(missing_ok=True)
-    try:
-        fit(
-            distill_loop,
-            {"job": job},
-            workers,
-            name=f"distill-{run_directory.name}-{job.checkpoints.name}",
-            storage=storage,
-            max_failures=job.runtime.max_failures,
-            min_workers=job.runtime.min_workers,
-            timeout_s=job.runtime.collective_timeout_s,
-        )
-    finally:
-        if (fatal := fatal_error(job.checkpoints)) is not None:
-            raise StageError(fatal) from None
     final = load_checkpoint(job.checkpoints)
+    if final is None or int(final["step"]) < job.distill.num_steps:
+        _run_workers(job, workers, name=run_directory.name, storage=storage)
+        final = load_checkpoint(job.checkpoints)
     initial = load_checkpoint(job.checkpoints, at_most=0)
     if initial is None or final is None or int(final["step"]) != job.distill.num_steps:
         raise RuntimeError(
@@ -62,13 +50,31 @@ def distill(
     }
 
 
+def _run_workers(job: DistillJob, workers: Workers, *, name: str, storage: UPath) -> None:
+    (job.checkpoints / FATAL).unlink(missing_ok=True)
+    try:
+        fit(
+            distill_loop,
+            {"job": job},
+            workers,
+            name=f"distill-{name}-{job.checkpoints.name}",
+            storage=storage,
+            max_failures=job.runtime.max_failures,
+            min_workers=job.runtime.min_workers,
+            timeout_s=job.runtime.collective_timeout_s,
+        )
+    finally:
+        if (fatal := fatal_error(job.checkpoints)) is not None:
+            raise StageError(fatal) from None
+
+
 def write_set(directory: UPath, result: SyntheticSet) -> None:
     """A synthetic set with what people look at: images/<class>/<n>.png and preview.png."""
     result.save(directory)
     seen: dict[int, int] = {}
     for image, label in zip(result.images, result.labels.tolist(), strict=True):
         number = seen[label] = seen.get(label, -1) + 1
-        folder = directory / "images" / result.class_names[label]
+        folder = directory / "images" / result.class_names[label].replace("/", "_").strip(".")
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         to_pil_image((image * 255).round().to(torch.uint8)).save(buffer, format="PNG")

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from functools import cached_property
 
 from upath import UPath
 
-from pipeline.config import Command, RunConfig
+from pipeline.config import Command, RunConfig, UsageError
 from pipeline.distill import DistillJob, distill
 from pipeline.evaluate import EvaluationTask, SetName, evaluate, table
 from pipeline.pretrain import PretrainJob, pretrain
@@ -166,7 +167,7 @@ class Run:
         """The synthetic set, in the run's own directory."""
         cfg, job = self.config, self.distill_job()
         provenance = {
-            "command": "python pipeline/run.py " + " ".join(sys.argv[1:]),
+            "command": shlex.join(["python", "pipeline/run.py", *sys.argv[1:]]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
             "seed": cfg.seed,
             "versions": code_versions(),
@@ -191,7 +192,7 @@ class Run:
                 provenance=provenance,
             )
 
-        return self._stage("distill", job.checkpoints, job.checkpoints.name, build)
+        return self._stage("distill", self.directory / "distill", job.checkpoints.name, build)
 
     # ------------------------------------------------------------------ evaluate
 
@@ -251,6 +252,8 @@ class Run:
         """report.html of whatever the run's directory holds."""
         from pipeline.report import write_report  # plotly takes its time
 
+        if not (self.directory / "distilled" / "manifest.json").exists():
+            raise UsageError(f"nothing to report in {self.directory} yet: run distill first")
         path = write_report(self.directory)
         _log(f"report: {path}")
         return {}
