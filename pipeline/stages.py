@@ -137,21 +137,19 @@ class Run:
 
     # ------------------------------------------------------------------ distill
 
-    @cached_property
-    def distilled(self) -> Manifest:
-        """The synthetic set, in the run's own directory."""
+    def distill_job(self) -> DistillJob:
+        """What the distillation's workers are given."""
         cfg = self.config
         matters = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
         identity = fingerprint(
             "distill", self.shards["fingerprint"], self.pool["fingerprint"], *matters
         )
-        checkpoints = self.directory / "checkpoints" / identity
-        job = DistillJob(
+        return DistillJob(
             shards=self.shard_directory,
             shard_manifest=self.shards,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
-            checkpoints=checkpoints,
+            checkpoints=self.directory / "checkpoints" / identity,
             metrics=self.directory / "metrics.jsonl",
             model=cfg.model,
             synthetic=cfg.synthetic,
@@ -163,6 +161,11 @@ class Run:
             ipc=cfg.ipc,
             seed=cfg.seed,
         )
+
+    @cached_property
+    def distilled(self) -> Manifest:
+        """The synthetic set, in the run's own directory."""
+        cfg, job = self.config, self.distill_job()
         provenance = {
             "command": shlex.join(["python", "pipeline/run.py", *sys.argv[1:]]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
@@ -172,7 +175,8 @@ class Run:
         }
 
         def build() -> Manifest:
-            workers = self._workers(len(self.shards["class_names"]))
+            # Unless told otherwise, workers share a class only if each gets enough of it.
+            workers = self._workers(max(cfg.num_workers or 1, job.most_workers()))
             mine = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
             pool_rows = [
                 row
@@ -188,7 +192,7 @@ class Run:
                 provenance=provenance,
             )
 
-        return self._stage("distill", self.directory / "distill", identity, build)
+        return self._stage("distill", self.directory / "distill", job.checkpoints.name, build)
 
     # ------------------------------------------------------------------ evaluate
 

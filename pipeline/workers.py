@@ -1,11 +1,11 @@
 """Joining a Ray cluster, sizing a worker group on it, and the context that a worker's loop sees.
 
-The loops of the stages know `WorkerContext` alone: rank, world size, device and a sum over the
-workers. The same loop therefore runs under Ray Train, under plain torch.distributed, and in one
-process.
+The loops of the stages know `WorkerContext` alone: rank, world size and device. The same loop
+therefore runs under Ray Train, under plain torch.distributed, and in one process.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from upath import UPath
 
 logger = logging.getLogger(__name__)
@@ -35,19 +34,6 @@ class WorkerContext:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the workers, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: object) -> list[Any]:
-        """The values of all workers, by rank, on every worker."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
 
 
 def current_context() -> WorkerContext:
@@ -141,15 +127,18 @@ def fit(
     name: str,
     storage: UPath,
     max_failures: int,
+    min_workers: int | None = None,
+    timeout_s: float = 1800.0,
 ) -> None:
     """Run a loop on a group of Ray Train workers; a failed group is started again up to
-    max_failures times.
+    max_failures times, with fewer workers, but at least min_workers, if nodes are gone.
 
-    `loop` must live in an importable module. Its results are the files it writes.
+    `loop` must live in an importable module. Its results are the files it writes. A worker waits
+    for the others for at most timeout_s.
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus = float(ray.cluster_resources().get("CPU", 1))
     per_worker = {"CPU": min(1.0, cpus / workers.count)}
@@ -158,8 +147,15 @@ def fit(
     trainer = TorchTrainer(
         loop,
         train_loop_config=dict(arguments),
+        torch_config=TorchConfig(timeout_s=math.ceil(timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=per_worker
+            num_workers=(
+                workers.count
+                if min_workers is None
+                else (min(min_workers, workers.count), workers.count)
+            ),
+            use_gpu=workers.use_gpu,
+            resources_per_worker=per_worker,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its stubs are those of Train V1
             name=name,
