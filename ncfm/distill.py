@@ -56,8 +56,16 @@ class DistillConfig:
     """Weight of the amplitude against the phase (paper eq. 8)."""
     loss_weight: float = 300.0
     """Factor of the matching loss (released code: 300); it matters beside calibration or in SGD."""
-    calibration: float = 0.0
-    """Weight of the cross-entropy of the synthetic images under the trained network of the step."""
+    calibration: float = 1.0
+    """Weight of the cross-entropy of the synthetic images under the trained network of the step
+    (released code: 1, there with optimiser steps of its own); 0: none, which saves its passes."""
+    blend: tuple[float, float] = (0.0, 1.0)
+    """A step's extractor is lerp(initial, trained, beta), beta uniform between these two (paper:
+    0 and 1). (0, 0): random networks, as DM has them; (1, 1): the trained ones."""
+    clip_grad_norm: float | None = None
+    """Greatest L2 norm of the gradient of one class's images; none by default."""
+    clip_grad_value: float | None = None
+    """Greatest absolute value of a pixel's gradient; none by default."""
     normalize_features: bool = True
     """L2-normalise every feature vector, so that one scale of frequencies fits all networks."""
     chunk_size: int = 64
@@ -82,6 +90,11 @@ class DistillConfig:
         for name in ("weight_decay", "calibration", "momentum"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.blend[0] <= self.blend[1] <= 1:
+            raise ValueError(f"blend must be two rising numbers within [0, 1], got {self.blend}")
+        for name in ("clip_grad_norm", "clip_grad_value"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class Distiller:
@@ -119,7 +132,7 @@ class Distiller:
             for c in sorted(images)
         }
         self.optimizer = self._image_optimizer()
-        pool.model.to(self.dtype)
+        pool.to(self.dtype)
         self._extract = (
             torch.compile(self._features, dynamic=False) if config.compile else self._features
         )
@@ -128,8 +141,8 @@ class Distiller:
         self.sampler.to(self.device, self.dtype)
         self.psi_optimizer = (
             torch.optim.Adam(self.sampler.parameters(), lr=frequencies.lr, maximize=True)
-            if isinstance(self.sampler, ScaleMixture)
-            else None
+            if isinstance(self.sampler, ScaleMixture) and config.objective == "ncfd"
+            else None  # the linear MMD knows no frequencies
         )
 
     def _image_optimizer(self) -> torch.optim.Optimizer:
@@ -154,7 +167,7 @@ class Distiller:
         """
         cfg, classes = self.config, list(self.images)
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
-        self.pool.blend(*self.pool.draw(self._generator("extractor")))
+        self.pool.blend(*self.pool.draw(self._generator("extractor"), cfg.blend))
 
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
@@ -204,6 +217,11 @@ class Distiller:
 
         for parameter, leaf in zip(self.images.values(), stored, strict=True):
             parameter.grad = leaf.grad
+            # Class by class: what a class does must not depend on which others share its worker.
+            if cfg.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameter, cfg.clip_grad_norm)
+            if cfg.clip_grad_value is not None:
+                nn.utils.clip_grad_value_(parameter, cfg.clip_grad_value)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

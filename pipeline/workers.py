@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from upath import UPath
 
+from pipeline.config import UsageError
+
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
@@ -113,8 +115,8 @@ def size_workers(num_workers: int | None, use_gpu: bool | None, num_items: int) 
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     with_gpu = gpus > 0 if use_gpu is None else use_gpu
     if with_gpu and gpus < (num_workers or 1):
-        raise ValueError(
-            f"--use_gpu true with {num_workers or 1} workers, but the cluster has {gpus} GPUs"
+        raise UsageError(
+            f"use_gpu true with {num_workers or 1} workers, but the cluster has {gpus} GPUs"
         )
     return Workers(max(1, min(num_workers or (gpus if with_gpu else cpus), num_items)), with_gpu)
 
@@ -144,16 +146,16 @@ def fit(
     per_worker = {"CPU": min(1.0, cpus / workers.count)}
     if workers.use_gpu:
         per_worker["GPU"] = 1
+    # Ray Train V1's stubs know no range.
+    count: Any = workers.count
+    if min_workers is not None:
+        count = (min(min_workers, count), count)
     trainer = TorchTrainer(
         loop,
         train_loop_config=dict(arguments),
         torch_config=TorchConfig(timeout_s=math.ceil(timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=(
-                workers.count
-                if min_workers is None
-                else (min(min_workers, workers.count), workers.count)
-            ),
+            num_workers=count,
             use_gpu=workers.use_gpu,
             resources_per_worker=per_worker,
         ),
