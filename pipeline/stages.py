@@ -219,7 +219,7 @@ class Run:
         cfg = self.config
         counts = self.shards["splits"]["train"]["counts"]
         training = cfg.evaluate.training
-        content = {
+        content: dict[SetName, Callable[[], object]] = {
             "distilled": self._distilled_hash,
             "random": lambda: cfg.ipc,
             "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
