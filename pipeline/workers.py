@@ -159,7 +159,7 @@ def fit(
             use_gpu=workers.use_gpu,
             resources_per_worker=per_worker,
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # its stubs are those of Train V1
+        run_config=RunConfig(
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=max_failures),

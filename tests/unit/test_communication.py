@@ -149,7 +149,9 @@ def test_as_many_workers_as_one(results: Path, run: tuple[str, str]) -> None:
     for worker in workers:
         for key, value in worker["state"].items():
             if key.endswith("images") or key.startswith("psi/"):
-                torch.testing.assert_close(value, expected[key], atol=tolerance, rtol=0)
+                # Adam divides a gradient by its own size: rounding in a small one of psi grows.
+                allowed = tolerance * (10 if key.startswith("psi/") else 1)
+                torch.testing.assert_close(value, expected[key], atol=allowed, rtol=0)
                 seen.add(key)
     assert {f"class/{c}/images" for c in classes_of(case)} <= seen
     for name, value in metrics.items():  # each class counted once, however many share it
