@@ -30,6 +30,7 @@ scratch=$(mktemp -d "${RAY_TMPDIR:-/tmp}/ncfm-XXXXXX") # mode 700: the token and
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$scratch/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$scratch/token RAY_USAGE_STATS_ENABLED=0
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # everything ends together: a raylet need not wait for its work (30 s)
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard # Ray's own actors look for it, and may find another cluster
 unset RAY_ADDRESS RAY_AUTH_TOKEN
 
 pids=() # the head first
@@ -66,7 +67,7 @@ start() { # start NAME OPTION...: a directory each, because nodes in one directo
 }
 
 alive() {
-  ray list nodes --address="http://127.0.0.1:$dashboard" --limit=1000 --format=json 2>/dev/null |
+  ray list nodes --address="$RAY_API_SERVER_ADDRESS" --limit=1000 --format=json 2>/dev/null |
     grep -o '"state": "ALIVE"' | wc -l || true
 }
 
@@ -96,7 +97,7 @@ done
 cat <<EOF
 A head and $raylets raylets are up ($cpus CPUs each, ${#gpus[@]} GPUs in all). Submit from the repository's root, in another shell:
 
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH RAY_API_SERVER_ADDRESS=$RAY_API_SERVER_ADDRESS
   ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- \\
     python pipeline/run.py --config pipeline/presets/X.toml --storage_path "\$PWD/runs"
 

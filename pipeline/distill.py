@@ -57,15 +57,17 @@ def distill(
     """Run or go on with the distillation, and write `initial/` and `distilled/` of the run
     directory.
     """
-    fit(
-        distill_loop,
-        {"job": job},
-        workers,
-        name=f"distill-{run_directory.name}-{job.checkpoints.name}",
-        storage=storage,
-        max_failures=job.runtime.max_failures,
-    )
     state = load_checkpoint(job.checkpoints)
+    if state is None or int(state["step"]) < job.distill.num_steps:
+        fit(
+            distill_loop,
+            {"job": job},
+            workers,
+            name=f"distill-{run_directory.name}-{job.checkpoints.name}",
+            storage=storage,
+            max_failures=job.runtime.max_failures,
+        )
+        state = load_checkpoint(job.checkpoints)
     if state is None or int(state["step"]) != job.distill.num_steps:
         raise RuntimeError(f"the workers ended without a final checkpoint in {job.checkpoints}")
     shards = ShardSet(job.shards, job.shard_manifest)
@@ -89,7 +91,7 @@ def write_set(directory: UPath, result: SyntheticSet) -> None:
     seen: dict[int, int] = {}
     for image, label in zip(result.images, result.labels.tolist(), strict=True):
         number = seen[label] = seen.get(label, -1) + 1
-        folder = directory / "images" / result.class_names[label]
+        folder = directory / "images" / result.class_names[label].replace("/", "_").strip(".")
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         to_pil_image((image * 255).round().to(torch.uint8)).save(buffer, format="PNG")

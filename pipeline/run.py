@@ -22,7 +22,8 @@ def main() -> None:
     except (UsageError, SourceError) as error:
         exit_with_usage_error(error)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Literal
 
 from upath import UPath
 
-from pipeline.config import Command, RunConfig
+from pipeline.config import Command, RunConfig, UsageError
 from pipeline.curate import CurateJob, curate
 from pipeline.distill import DistillJob, distill
 from pipeline.evaluate import EvaluationTask, SetName, evaluate, table
@@ -165,7 +166,7 @@ class Run:
             seed=cfg.seed,
         )
         provenance = {
-            "command": "python pipeline/run.py " + " ".join(sys.argv[1:]),
+            "command": shlex.join(["python", "pipeline/run.py", *sys.argv[1:]]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
             "seed": cfg.seed,
             "versions": code_versions(),
@@ -189,7 +190,7 @@ class Run:
                 provenance=provenance,
             )
 
-        return self._stage("distill", checkpoints, identity, build)
+        return self._stage("distill", self.directory / "distill", identity, build)
 
     @cached_property
     def curated(self) -> Manifest:
@@ -275,6 +276,8 @@ class Run:
         """report.html of whatever the run's directory holds."""
         from pipeline.report import write_report  # plotly takes its time
 
+        if not (self.directory / "distilled" / "manifest.json").exists():
+            raise UsageError(f"nothing to report in {self.directory} yet: run distill first")
         path = write_report(self.directory)
         _log(f"report: {path}")
         return {}

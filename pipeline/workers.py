@@ -7,6 +7,8 @@ process.
 
 import logging
 import os
+import signal
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,18 +87,33 @@ def connect() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)  # its notices; errors of a run are exceptions
-    local = "RAY_ADDRESS" not in os.environ
-    # Ray Train frees the places of its workers through the dashboard: without one it cannot.
-    ray.init(
-        logging_level=logging.ERROR,
-        include_dashboard=True if local else None,
-        object_store_memory=512 * 2**20 if local else None,
-    )
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.ERROR)
+    else:
+        # Ray Train frees the places of its workers through the dashboard, and finds it by this
+        # address: without one, or beside the cluster of somebody else, it cannot.
+        port = _free_port()
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        ray.init(
+            address="local",
+            logging_level=logging.ERROR,
+            object_store_memory=512 * 2**20,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+        )
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def size_workers(num_workers: int | None, use_gpu: bool | None, num_items: int) -> Workers:
@@ -131,7 +148,7 @@ def fit(
     `loop` must live in an importable module. Its results are the files it writes.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     cpus = float(ray.cluster_resources().get("CPU", 1))
@@ -144,10 +161,17 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=per_worker
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # its stubs are those of Train V1
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.fit()
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit as stopped:  # Ray Train's answer to Ctrl-C
+        raise KeyboardInterrupt from stopped
+    finally:  # Ray Train leaves its handler behind
+        signal.signal(signal.SIGINT, previous)
