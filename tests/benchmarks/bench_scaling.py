@@ -115,7 +115,7 @@ def predict(images_per_s: float, *, bytes_per_s: float, latency_s: float) -> dic
         }
         rows.append(row)
     inputs = {
-        "passes_per_s_of_one_gpu": images_per_s,
+        "passes_per_s_of_one_gpu, given and not measured here": images_per_s,
         "bandwidth_bytes_per_s": bytes_per_s,
         "latency_s": latency_s,
         "classes": 1000,
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--real_batch", type=int, default=64)
     parser.add_argument(
-        "--images_per_s", type=float, default=9000.0, help="forward passes of one GPU at 224 px"
+        "--images_per_s", type=float, default=9000.0, help="of one GPU at 224 px: assumed"
     )
     parser.add_argument("--latency_s", type=float, default=3e-5)
     parser.add_argument("--predict_only", action="store_true")
