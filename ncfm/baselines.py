@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ncfm.images import ImageSource, ImageSpec, to_unit
+from ncfm.models import Classifier
 from ncfm.seeding import keyed_generator
 from ncfm.synthetic import SyntheticConfig, initial_images
 
@@ -35,3 +37,34 @@ def herding(features: Tensor, count: int) -> Tensor:
         free[best] = False
         total = total + features[best]
     return torch.tensor(chosen)
+
+
+@torch.no_grad()
+def herding_set(
+    images: ImageSource,
+    ipc: int,
+    extractor: Classifier,
+    spec: ImageSpec,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Tensor:
+    """The images of one class that herding chooses by an extractor's features, (ipc, C, H, W)
+    float32 in [0, 1], best first; a class with fewer images repeats them.
+
+    The class is walked through twice, in its fixed order: features are kept, images are not.
+    """
+    extractor.to(device).eval()
+    walks = (images.epoch(batch_size, None) for _ in range(2))
+    features = torch.cat(
+        [extractor.features(spec.normalize(to_unit(part.to(device)))) for part, _ in next(walks)]
+    )
+    chosen = herding(features, min(ipc, len(features)))
+    order, start = {int(index): rank for rank, index in enumerate(chosen)}, 0
+    found: dict[int, Tensor] = {}
+    for part, _ in next(walks):
+        for index in range(start, start + len(part)):
+            if index in order:
+                found[order[index]] = to_unit(part[index - start].cpu())
+        start += len(part)
+    return torch.stack([found[rank % len(found)] for rank in range(ipc)])

@@ -2,7 +2,9 @@
 
 A `Distiller` owns the synthetic images of some classes (all of them, or one worker's share) and
 updates each exactly once a step. What it does at a step depends on (seed, step, class) alone. It
-knows no Ray: workers are joined by the one function `all_reduce` it is given.
+knows no Ray: a `Communicator` joins it to the others. Workers that share the same classes form a
+group: each extracts its part of the real batch, the sums over the parts are added up, and all make
+the same update of the same images. So only sums and psi's gradient cross the network, never images.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig
-from ncfm.discrepancy import CF, CFSums, cf_from_sums, cf_sums, linear_mmd, ncfd
+from ncfm.communication import Alone, Communicator, group_total
+from ncfm.discrepancy import CFSums, cf_from_sums, cf_sums, linear_mmd, ncfd
 from ncfm.extractors import ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler, psi_objective
@@ -23,7 +26,14 @@ from ncfm.seeding import keyed_generator
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of a class is NaN or infinite; the message names the step and the classes."""
+    """The loss of some classes is NaN or infinite at a step; the message names both."""
+
+    def __init__(self, step: int, classes: list[int]) -> None:
+        super().__init__(step, classes)
+        self.step, self.classes = step, classes
+
+    def __str__(self) -> str:
+        return f"step {self.step}: the loss of class {self.classes} is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +56,16 @@ class DistillConfig:
     """Weight of the amplitude against the phase (paper eq. 8)."""
     loss_weight: float = 300.0
     """Factor of the matching loss (released code: 300); it matters beside calibration or in SGD."""
-    calibration: float = 0.0
-    """Weight of the cross-entropy of the synthetic images under the trained network of the step."""
+    calibration: float = 1.0
+    """Weight of the cross-entropy of the synthetic images under the trained network of the step
+    (released code: 1, there with optimiser steps of its own); 0: none, which saves its passes."""
+    blend: tuple[float, float] = (0.0, 1.0)
+    """A step's extractor is lerp(initial, trained, beta), beta uniform between these two (paper:
+    0 and 1). (0, 0): random networks, as DM has them; (1, 1): the trained ones."""
+    clip_grad_norm: float | None = None
+    """Greatest L2 norm of the gradient of one class's images; none by default."""
+    clip_grad_value: float | None = None
+    """Greatest absolute value of a pixel's gradient; none by default."""
     normalize_features: bool = True
     """L2-normalise every feature vector, so that one scale of frequencies fits all networks."""
     chunk_size: int = 64
@@ -72,11 +90,11 @@ class DistillConfig:
         for name in ("weight_decay", "calibration", "momentum"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The all-reduce of a single worker."""
-    return tensor
+        if not 0 <= self.blend[0] <= self.blend[1] <= 1:
+            raise ValueError(f"blend must be two rising numbers within [0, 1], got {self.blend}")
+        for name in ("clip_grad_norm", "clip_grad_value"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class Distiller:
@@ -86,7 +104,7 @@ class Distiller:
         images: class index -> stored images (ipc, C, H, W) in [0, 1]; this worker's classes.
         num_classes: classes of the whole run, over all workers.
         pool: extractors; the step draws one and blends it.
-        all_reduce: sums a tensor over the workers, in place; the default is for one worker.
+        communicator: joins the workers of the run; None is for one worker alone.
     """
 
     def __init__(
@@ -102,18 +120,19 @@ class Distiller:
         augment: AugmentConfig,
         num_classes: int | None = None,
         device: torch.device | str = "cpu",
-        all_reduce: Callable[[Tensor], Tensor] = _alone,
+        communicator: Communicator | None = None,
     ) -> None:
         self.config, self.frequencies, self.spec, self.seed = config, frequencies, spec, seed
         self.factor, self.pool, self.augment = factor, pool, Augment(augment)
         self.device, self.dtype = torch.device(device), getattr(torch, config.precision)
-        self.num_classes, self.all_reduce, self.step = num_classes or len(images), all_reduce, 0
+        self.num_classes, self.step = num_classes or len(images), 0
+        self.communicator = communicator or Alone()
         self.images = {
             c: nn.Parameter(images[c].to(self.device, self.dtype, copy=True))
             for c in sorted(images)
         }
         self.optimizer = self._image_optimizer()
-        pool.model.to(self.dtype)
+        pool.to(self.dtype)
         self._extract = (
             torch.compile(self._features, dynamic=False) if config.compile else self._features
         )
@@ -122,8 +141,8 @@ class Distiller:
         self.sampler.to(self.device, self.dtype)
         self.psi_optimizer = (
             torch.optim.Adam(self.sampler.parameters(), lr=frequencies.lr, maximize=True)
-            if isinstance(self.sampler, ScaleMixture)
-            else None
+            if isinstance(self.sampler, ScaleMixture) and config.objective == "ncfd"
+            else None  # the linear MMD knows no frequencies
         )
 
     def _image_optimizer(self) -> torch.optim.Optimizer:
@@ -141,25 +160,26 @@ class Distiller:
     def update(self, real: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """One minmax step on real images: class index -> (N_c, C, H, W) uint8 or float in [0, 1].
 
-        Returns per-class sums over this worker's classes (detached, on the device), each to be
-        divided by the number of classes once summed over the workers. Raises NonFiniteLossError
-        before any image is changed.
+        The members of a group are given the same batches and each extracts its part of them.
+        Returns per-class sums over this worker's classes (detached, on the device; a member's share
+        of them), each to be divided by the number of classes once summed over the workers. Raises
+        NonFiniteLossError before any image is changed.
         """
         cfg, classes = self.config, list(self.images)
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
-        self.pool.blend(*self.pool.draw(self._generator("extractor")))
+        self.pool.blend(*self.pool.draw(self._generator("extractor"), cfg.blend))
 
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
 
-        real_parts = [real[c] for c in classes]
+        real_parts = self._my_parts([real[c] for c in classes])
         with torch.no_grad():
-            x = torch.cat(
-                [
-                    self._extract_padded(prepare(to_unit(i.to(self.device)).to(self.dtype), g))
-                    for i, g in _chunks(real_parts, cfg.chunk_size)
-                ]
-            ).split([len(part) for part in real_parts])
+            extracted = [
+                self._extract_padded(prepare(to_unit(i.to(self.device)).to(self.dtype), g))
+                for i, g in _chunks(real_parts, cfg.chunk_size)
+            ]
+            none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype)
+            x = torch.cat(extracted or [none.to(self.device)]).split([len(p) for p in real_parts])
 
         # Synthetic images, as leaves of their own: the graph reaches the pixels in chunks, not all
         # classes at once.
@@ -188,14 +208,20 @@ class Distiller:
         else:
             for inputs, grad in zip(synthetic_inputs(), grads, strict=True):
                 self._extract_padded(inputs).backward(grad)
-        metrics = {"ncfd": losses.detach().sum()}
+        members = self.communicator.members
+        metrics = {"ncfd": losses.detach().sum() / members}
         if psi_value is not None:
-            metrics["psi_objective"] = psi_value
+            metrics["psi_objective"] = psi_value / members
         if cfg.calibration:
-            metrics["calibration"] = self._calibrate(classes, stored, synthetic_inputs)
+            metrics["calibration"] = self._calibrate(classes, stored, synthetic_inputs) / members
 
         for parameter, leaf in zip(self.images.values(), stored, strict=True):
             parameter.grad = leaf.grad
+            # Class by class: what a class does must not depend on which others share its worker.
+            if cfg.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameter, cfg.clip_grad_norm)
+            if cfg.clip_grad_value is not None:
+                nn.utils.clip_grad_value_(parameter, cfg.clip_grad_value)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -213,6 +239,11 @@ class Distiller:
         frequencies: Tensor = self.sampler(generator)
         return frequencies.to(self.dtype)
 
+    def _my_parts(self, batches: list[Tensor]) -> list[Tensor]:
+        """This member's part of every class's batch; a part is empty if the batch is too small."""
+        members, member = self.communicator.members, self.communicator.member
+        return [batch.tensor_split(members)[member] for batch in batches]
+
     def _ascend(self, x: tuple[Tensor, ...], y: list[Tensor]) -> Tensor | None:
         """(1) max: psi ascends on the current features, the images held fixed.
 
@@ -221,16 +252,23 @@ class Distiller:
         if self.psi_optimizer is None:
             return None
         value = torch.zeros((), device=self.device, dtype=self.dtype)
+        y = self._my_parts(y)  # all members have all of them: each sample's gradient counts once
         for ascent in range(self.frequencies.ascents):
             t = self._frequencies(ascent)
-            phi_x, phi_y = _stack_cf(x, t), _stack_cf(y, t)
-            n_x, n_y = (t.new_tensor([[len(part)] for part in parts]) for parts in (x, y))
-            values = psi_objective(phi_x, phi_y, n_x, n_y, self.frequencies, self.config.alpha)
+            sums_x, sums_y = self._group_sums(_stack_sums(x, t), _stack_sums(y, t))
+            values = psi_objective(
+                cf_from_sums(sums_x),
+                cf_from_sums(sums_y),
+                sums_x.size,
+                sums_y.size,
+                self.frequencies,
+                self.config.alpha,
+            )
             self._check_finite(values)
             value = values.sum()
             parameters = list(self.sampler.parameters())
             grads = torch.autograd.grad(value / self.num_classes, parameters)
-            flat = self.all_reduce(torch.cat([g.reshape(-1) for g in grads]))
+            flat = self.communicator.sum_all(torch.cat([g.reshape(-1) for g in grads]))
             for parameter, grad in zip(
                 parameters, flat.split([p.numel() for p in parameters]), strict=True
             ):
@@ -241,16 +279,29 @@ class Distiller:
     def _discrepancies(self, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> Tensor:
         """(2) min: the loss of each class, (classes,), under the updated psi."""
         if self.config.objective == "mmd":
-            return torch.stack([linear_mmd(a, b) for a, b in zip(x, y, strict=True)])
+            sums = [torch.cat([p.sum(0), p.new_full((1,), len(p))]) for p in x]
+            totals = group_total(torch.stack(sums), self.communicator)
+            means = totals[:, None, :-1] / totals[:, None, -1:]
+            return torch.stack([linear_mmd(a, b) for a, b in zip(means, y, strict=True)])
         with torch.no_grad():
             t = self._frequencies(self.frequencies.ascents)
-        return ncfd(_stack_cf(x, t), _stack_cf(y, t), self.config.alpha)
+            (sums_x,) = self._group_sums(_stack_sums(x, t))
+        phi_x, phi_y = cf_from_sums(sums_x), cf_from_sums(_stack_sums(y, t))
+        return ncfd(phi_x, phi_y, self.config.alpha)
+
+    def _group_sums(self, *shares: CFSums) -> list[CFSums]:
+        """The group's sums from the members' shares, in one message of (classes, 2 K + 1) each."""
+        if self.communicator.members == 1:
+            return list(shares)
+        total = group_total(torch.stack([torch.cat(s, -1) for s in shares]), self.communicator)
+        k = shares[0].cos.shape[-1]
+        return [CFSums(*rows.split([k, k, 1], -1)) for rows in total]
 
     def _check_finite(self, values: Tensor) -> None:
         finite = torch.isfinite(values.detach())
         if not finite.all():
             bad = [c for c, fine in zip(self.images, finite.tolist(), strict=True) if not fine]
-            raise NonFiniteLossError(f"step {self.step}: the loss of class {bad} is not finite")
+            raise NonFiniteLossError(self.step, bad)
 
     def _calibrate(
         self, classes: list[int], stored: list[Tensor], inputs: Callable[[], Iterator[Tensor]]
@@ -341,10 +392,10 @@ class Distiller:
         }
 
 
-def _stack_cf(parts: tuple[Tensor, ...] | list[Tensor], t: Tensor) -> CF:
-    """The CFs of several classes, parts (N_c, D) each, as one of shape (classes, K)."""
+def _stack_sums(parts: tuple[Tensor, ...] | list[Tensor], t: Tensor) -> CFSums:
+    """The CF sums of several classes, parts (N_c, D) each, as one of shape (classes, K)."""
     sums = [cf_sums(part, t) for part in parts]
-    return cf_from_sums(CFSums(*(torch.stack(field) for field in zip(*sums, strict=True))))
+    return CFSums(*(torch.stack(field) for field in zip(*sums, strict=True)))
 
 
 def _chunks(parts: list[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:

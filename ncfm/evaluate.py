@@ -17,9 +17,11 @@ def evaluate_once(
     training: TrainConfig,
     seed: int,
     device: torch.device | str = "cpu",
+    tail: ImageSource | None = None,
+    tail_epochs: int = 0,
 ) -> float:
     """Train one fresh network and test it once, after its last epoch: accuracy in [0, 1]. Never
-    best-on-test.
+    best-on-test. `tail` is what the last `tail_epochs` learn from, if it is not `train_on`.
     """
     network = build_model(
         model,
@@ -28,5 +30,14 @@ def evaluate_once(
         image_size=spec.image_size,
         seed=keyed_seed(seed, "evaluation_network"),
     )
-    train(network, train_on, spec, training, seed=seed, device=device)
+    train(
+        network,
+        train_on,
+        spec,
+        training,
+        seed=seed,
+        device=device,
+        tail=tail,
+        tail_epochs=tail_epochs,
+    )
     return accuracy(network, test_on, spec, device=device)

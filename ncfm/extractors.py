@@ -51,6 +51,14 @@ class ExtractorPool:
             tensor.data = flat[offset : offset + tensor.numel()].view_as(tensor)
             offset += tensor.numel()
 
+    def to(self, dtype: torch.dtype) -> None:
+        """Change the precision of all weights. The module alone must not be converted: its tensors
+        would no longer be views of what a blend writes.
+        """
+        self._initial, self._trained = self._initial.to(dtype), self._trained.to(dtype)
+        self._flat = self._flat.to(dtype)
+        self._point_into(self._flat)
+
     def blend(self, index: int, beta: float) -> Classifier:
         """The model with the weights lerp(initial, trained, beta) of one member, buffers blended
         too.
@@ -58,7 +66,10 @@ class ExtractorPool:
         torch.lerp(self._initial[index], self._trained[index], beta, out=self._flat)
         return self.model
 
-    def draw(self, generator: torch.Generator) -> tuple[int, float]:
-        """A member, and beta ~ U(0, 1)."""
+    def draw(
+        self, generator: torch.Generator, between: tuple[float, float] = (0.0, 1.0)
+    ) -> tuple[int, float]:
+        """A member, and beta uniform between two numbers."""
         index = int(torch.randint(len(self), (), generator=generator))
-        return index, float(torch.rand((), generator=generator))
+        low, high = between
+        return index, low + (high - low) * float(torch.rand((), generator=generator))

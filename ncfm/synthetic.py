@@ -79,11 +79,18 @@ class SyntheticSet:
     factor: int
     spec: ImageSpec
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    soft_labels: Tensor | None = None
+    """A distribution over the classes for each decoded image, (N * factor^2, classes), or None."""
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or len(self.images) != len(self.labels):
             raise ValueError(
                 f"images {tuple(self.images.shape)} do not fit labels {tuple(self.labels.shape)}"
+            )
+        decoded = (len(self.images) * self.factor**2, self.spec.num_classes)
+        if self.soft_labels is not None and self.soft_labels.shape != decoded:
+            raise ValueError(
+                f"soft_labels must be {decoded}, got shape {tuple(self.soft_labels.shape)}"
             )
 
     @property
@@ -98,18 +105,27 @@ class SyntheticSet:
         return decode(self.images, self.factor), self.labels.repeat_interleave(self.factor**2)
 
     def dataset(
-        self, transform: Callable[[Tensor], Tensor] | None = None
+        self, transform: Callable[[Tensor], Tensor] | None = None, *, soft: bool = False
     ) -> Dataset[tuple[Tensor, Tensor]]:
         """A torch Dataset of decoded images and labels; `transform` is applied to each image (C, H,
-        W) in [0, 1].
+        W) in [0, 1]. With `soft`, a label is a distribution (classes,), as cross_entropy takes it;
+        ValueError if the set has none.
         """
-        return DecodedDataset(*self.decode(), transform)
+        images, labels = self.decode()
+        if soft and self.soft_labels is None:
+            raise ValueError("this synthetic set has no soft labels; ncfm.curation makes them")
+        return DecodedDataset(
+            images, self.soft_labels if soft and self.soft_labels is not None else labels, transform
+        )
 
     def save(self, directory: str | Path | UPath) -> None:
         """Write synthetic.safetensors and, last, manifest.json; makes the directory."""
         path = UPath(directory)
         path.mkdir(parents=True, exist_ok=True)
-        data = save({"images": self.images.contiguous(), "labels": self.labels.contiguous()})
+        tensors = {"images": self.images, "labels": self.labels}
+        if self.soft_labels is not None:
+            tensors["soft_labels"] = self.soft_labels
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         (path / "synthetic.safetensors").write_bytes(data)
         counts = torch.bincount(self.labels, minlength=self.spec.num_classes)
         manifest = {
@@ -117,6 +133,7 @@ class SyntheticSet:
             "version": VERSION,
             "shape": list(self.images.shape),
             "factor": self.factor,
+            "soft_labels": self.soft_labels is not None,
             "images_per_class": int(counts.max()),
             "channels": self.spec.channels,
             "image_size": self.spec.image_size,
@@ -160,5 +177,10 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
         class_names=tuple(manifest["class_names"]),
     )
     return SyntheticSet(
-        tensors["images"], tensors["labels"], manifest["factor"], spec, manifest["provenance"]
+        tensors["images"],
+        tensors["labels"],
+        manifest["factor"],
+        spec,
+        manifest["provenance"],
+        tensors.get("soft_labels"),
     )

@@ -63,14 +63,16 @@ def train(
     seed: int,
     device: torch.device | str = "cpu",
     report: Callable[[EpochReport], None] | None = None,
+    tail: ImageSource | None = None,
+    tail_epochs: int = 0,
 ) -> nn.Module:
     """Train the model in place on labelled images, hard (N,) or soft (N, classes); returns it in
-    eval mode.
+    eval mode. The last `tail_epochs` of the epochs walk through `tail` (curation's fine-tuning).
 
     Every draw comes from (seed, purpose, epoch). Raises ValueError on an empty source and
     FloatingPointError, with the epoch, if the loss is no longer finite.
     """
-    if len(data) == 0:
+    if len(data) == 0 or (tail is not None and len(tail) == 0):
         raise ValueError("there is no image to train on")
     model.to(device).train()
     optimizer, augment = _optimizer(model, config), Augment(config.augment)
@@ -81,7 +83,8 @@ def train(
         draws = keyed_generator(seed, "train_draws", epoch)
         loss_sum = torch.zeros((), device=device)
         correct = torch.zeros((), device=device)
-        for images, labels in data.epoch(
+        source = data if tail is None or epoch < config.epochs - tail_epochs else tail
+        for images, labels in source.epoch(
             config.batch_size, keyed_generator(seed, "train_order", epoch)
         ):
             x = spec.normalize(to_unit(images.to(device)))
@@ -96,13 +99,13 @@ def train(
             optimizer.step()
             loss_sum += loss.detach() * len(x)
             correct += (logits.detach().argmax(1) == targets.argmax(1)).sum()
-        mean_loss = float(loss_sum) / len(data)
+        mean_loss = float(loss_sum) / len(source)
         if mean_loss != mean_loss or mean_loss == float("inf"):
             raise FloatingPointError(
                 f"training diverged: the loss of epoch {epoch} is {mean_loss} (lr {lr})"
             )
         if report is not None:
-            report(EpochReport(epoch, mean_loss, float(correct) / len(data)))
+            report(EpochReport(epoch, mean_loss, float(correct) / len(source)))
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from upath import UPath
 
 from ncfm.augment import AugmentConfig
+from ncfm.curation import CurateConfig
 from ncfm.distill import DistillConfig
 from ncfm.frequencies import FrequencyConfig
 from ncfm.models import ModelConfig
@@ -31,7 +32,12 @@ class PretrainConfig:
 
     networks: int = 20
     """Networks in the pool (released code: 20)."""
-    training: TrainConfig = field(default_factory=TrainConfig)
+    training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            augment=AugmentConfig(strategy="color_crop", single=False), cutmix_prob=0.5
+        )
+    )
+    """Training of one of them; the defaults are the released code's."""
 
     def __post_init__(self) -> None:
         if self.networks < 1:
@@ -42,19 +48,23 @@ class PretrainConfig:
 class EvaluateConfig:
     """How sets of images are judged."""
 
-    repeats: int = 3
-    """Fresh networks per set."""
+    repeats: int = 10
+    """Fresh networks per set (paper: 10; 3 for the ImageNet subsets)."""
+    herding: bool = True
+    """Whether herding, real images chosen by the pool's features, is one of the sets."""
     training: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             epochs=2000,
             optimizer="adamw",
             lr=1e-3,
+            weight_decay=0.01,  # AdamW's own default, which the released code leaves as it is
             cutmix_prob=0.5,
             milestones=(0.2, 0.4, 0.6, 0.8),
             gamma=0.5,
+            augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
         )
     )
-    """Training on a small set: distilled, random, random at the same factor."""
+    """Training on a small set; the defaults are the released code's."""
     whole_epochs: int = 60
     """Epochs on the whole training set."""
 
@@ -87,11 +97,25 @@ class RuntimeConfig:
     checkpoints_kept: int = 2
     max_failures: int = 3
     """How often a group of workers is started again after one of them failed; -1 without limit."""
+    min_workers: int | None = None
+    """If nodes are lost, go on with as few workers as this; default: wait until they are back."""
+    collective_timeout_s: float = 600.0
+    """How long workers wait for each other before they fail and name the one that did not come."""
+    straggler_factor: float = 2.0
+    """A worker this many times slower than the others is named in the log."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoints_kept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.min_workers is not None and self.min_workers < 1:
+            raise ValueError(f"min_workers must be at least 1, got {self.min_workers}")
+        if not self.collective_timeout_s > 0:
+            raise ValueError(
+                f"collective_timeout_s must be positive, got {self.collective_timeout_s}"
+            )
+        if not self.straggler_factor > 1:
+            raise ValueError(f"straggler_factor must exceed 1, got {self.straggler_factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +145,13 @@ class RunConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     frequencies: FrequencyConfig = field(default_factory=FrequencyConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Siamese augmentation of real and synthetic images while distilling."""
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(strategy="color_crop_cutout", single=False)
+    )
+    """Siamese augmentation of real and synthetic images while distilling; the default is the
+    released code's."""
+    curate: CurateConfig = field(default_factory=CurateConfig)
+    """Soft labels, evaluated as a set of their own."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

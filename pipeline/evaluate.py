@@ -14,19 +14,20 @@ import torch
 from upath import UPath
 
 from ncfm import load
-from ncfm.baselines import random_set
+from ncfm.baselines import herding_set, random_set
 from ncfm.evaluate import evaluate_once
 from ncfm.images import ImageSource, InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
+from pipeline.pretrain import load_member, new_network
 from pipeline.progress import Progress
 from pipeline.stage import Manifest, fingerprint, peak_rss_bytes, read_json, write_atomic
 from pipeline.stream import ClassStreams, ShardSet, StreamedImages
 from pipeline.workers import Workers
 
-SetName = Literal["distilled", "random", "random_same_factor", "whole"]
+SetName = Literal["distilled", "distilled_soft", "random", "random_same_factor", "herding", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,12 @@ class EvaluationTask:
     identity: str  # fingerprint of the set's content
     shards: UPath
     shard_manifest: Manifest
-    distilled: UPath
+    distilled: UPath  # with soft labels for the set distilled_soft
+    pool: UPath
+    networks: int
     model: ModelConfig
     training: TrainConfig
+    hard_epochs: int  # of distilled_soft: so many last epochs learn from its hard labels
     ipc: int
     factor: int
     memory_budget: int
@@ -48,18 +52,22 @@ class EvaluationTask:
 
     def result_path(self, cache: UPath) -> UPath:
         """Where the accuracy of exactly this network is kept."""
-        key = fingerprint(
-            self.set, self.repeat, self.identity, self.model, self.training, self.seed
-        )
+        parts = [self.set, self.repeat, self.identity, self.model, self.training, self.seed]
+        key = fingerprint(*parts, *([self.hard_epochs] if self.set == "distilled_soft" else []))
         return cache / f"{key}.json"
 
     def training_set(self, shards: ShardSet) -> ImageSource:
         """The images that the network learns from."""
         if self.set == "whole":
             return StreamedImages(shards, "train", self.memory_budget)
-        if self.set == "distilled":
-            return InMemoryImages(*load(self.distilled).decode())
+        if self.set in ("distilled", "distilled_soft"):
+            synthetic = load(self.distilled)
+            decoded, labels = synthetic.decode()
+            soft = synthetic.soft_labels if self.set == "distilled_soft" else None
+            return InMemoryImages(decoded, labels if soft is None else soft)
         classes = range(shards.spec.num_classes)
+        if self.set == "herding":
+            return self._herding(shards, classes)
         factor = 1 if self.set == "random" else self.factor
         # Another draw of real images in every repeat: the spread of the baseline is that of its
         # choice, too.
@@ -80,9 +88,27 @@ class EvaluationTask:
             *SyntheticSet(torch.cat(images), labels, factor, shards.spec).decode()
         )
 
+    def _herding(self, shards: ShardSet, classes: range) -> ImageSource:
+        """Real images that herding chooses; each repeat by the features of another network."""
+        network = new_network(self.model, shards.spec, seed=0)  # its weights are the pool's
+        _, trained = load_member(self.pool, self.repeat % self.networks)
+        network.load_state_dict(trained)
+        chosen = [
+            herding_set(
+                StreamedImages(shards, "train", self.memory_budget, classes=[c]),
+                self.ipc,
+                network,
+                shards.spec,
+                device=_device(),
+            )
+            for c in classes
+        ]
+        return InMemoryImages(torch.cat(chosen), torch.tensor(classes).repeat_interleave(self.ipc))
+
     def run(self) -> dict[str, Any]:
         """Train and test; runs inside a Ray task."""
         shards = ShardSet(self.shards, self.shard_manifest)
+        soft = self.set == "distilled_soft"
         value = evaluate_once(
             self.training_set(shards),
             StreamedImages(shards, "val", self.memory_budget),
@@ -90,9 +116,15 @@ class EvaluationTask:
             model=self.model,
             training=self.training,
             seed=keyed_seed(self.seed, "evaluate", self.repeat),
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=_device(),
+            tail=InMemoryImages(*load(self.distilled).decode()) if soft else None,
+            tail_epochs=self.hard_epochs,
         )
         return {"accuracy": value, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def evaluate(tasks: list[EvaluationTask], cache: UPath, workers: Workers) -> Manifest:

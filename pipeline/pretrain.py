@@ -144,15 +144,16 @@ def pack_member(initial: State, trained: State) -> bytes:
     )
 
 
+def load_member(directory: UPath, member: int) -> tuple[State, State]:
+    """The (initial, trained) states of one network of the pool."""
+    tensors = load(member_path(directory, member).read_bytes())
+    initial, trained = (
+        {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
+        for kind in ("initial", "trained")
+    )
+    return initial, trained
+
+
 def load_members(directory: UPath, count: int) -> list[tuple[State, State]]:
-    """The (initial, trained) states of the pool."""
-    pairs = []
-    for member in range(count):
-        tensors = load(member_path(directory, member).read_bytes())
-        pairs.append(
-            tuple(
-                {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
-                for kind in ("initial", "trained")
-            )
-        )
-    return pairs  # type: ignore[return-value]
+    """The (initial, trained) states of the pool's first networks."""
+    return [load_member(directory, member) for member in range(count)]

@@ -5,6 +5,7 @@ import sys
 from pipeline.config import UsageError, exit_with_usage_error, parse_command
 from pipeline.image_files import StorageError
 from pipeline.sources import SourceError
+from pipeline.stage import StageError
 
 
 def main() -> None:
@@ -22,6 +23,8 @@ def main() -> None:
             stages[name]()
     except (UsageError, SourceError, StorageError) as error:
         exit_with_usage_error(error)
+    except StageError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         sys.exit(130)

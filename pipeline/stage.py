@@ -22,6 +22,10 @@ from upath import UPath
 Manifest = dict[str, Any]
 
 
+class StageError(Exception):
+    """A stage cannot be completed; the message is one line that says why."""
+
+
 def write_atomic(path: Path | UPath, data: bytes | str) -> None:
     """Write a file that is either absent, the old one, or whole. On an object store one put already
     is.

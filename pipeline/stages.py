@@ -6,10 +6,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import cached_property
+from typing import Literal
 
 from upath import UPath
 
 from pipeline.config import Command, RunConfig, UsageError
+from pipeline.curate import CurateJob, curate
 from pipeline.distill import DistillJob, distill
 from pipeline.evaluate import EvaluationTask, SetName, evaluate, table
 from pipeline.pretrain import PretrainJob, pretrain
@@ -135,21 +137,19 @@ class Run:
 
     # ------------------------------------------------------------------ distill
 
-    @cached_property
-    def distilled(self) -> Manifest:
-        """The synthetic set, in the run's own directory."""
+    def distill_job(self) -> DistillJob:
+        """What the distillation's workers are given."""
         cfg = self.config
         matters = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
         identity = fingerprint(
             "distill", self.shards["fingerprint"], self.pool["fingerprint"], *matters
         )
-        checkpoints = self.directory / "checkpoints" / identity
-        job = DistillJob(
+        return DistillJob(
             shards=self.shard_directory,
             shard_manifest=self.shards,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
-            checkpoints=checkpoints,
+            checkpoints=self.directory / "checkpoints" / identity,
             metrics=self.directory / "metrics.jsonl",
             model=cfg.model,
             synthetic=cfg.synthetic,
@@ -161,6 +161,11 @@ class Run:
             ipc=cfg.ipc,
             seed=cfg.seed,
         )
+
+    @cached_property
+    def distilled(self) -> Manifest:
+        """The synthetic set, in the run's own directory."""
+        cfg, job = self.config, self.distill_job()
         provenance = {
             "command": shlex.join(["python", "pipeline/run.py", *sys.argv[1:]]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
@@ -170,7 +175,8 @@ class Run:
         }
 
         def build() -> Manifest:
-            workers = self._workers(len(self.shards["class_names"]))
+            # Unless told otherwise, workers share a class only if each gets enough of it.
+            workers = self._workers(max(cfg.num_workers or 1, job.most_workers()))
             mine = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
             pool_rows = [
                 row
@@ -186,14 +192,35 @@ class Run:
                 provenance=provenance,
             )
 
-        return self._stage("distill", self.directory / "distill", identity, build)
+        return self._stage("distill", self.directory / "distill", job.checkpoints.name, build)
+
+    @cached_property
+    def curated(self) -> Manifest:
+        """The distilled set with soft labels, in the run's directory; the other stays as it is."""
+        cfg = self.config
+        job = CurateJob(
+            distilled=self.directory / "distilled",
+            curated=self.directory / "curated",
+            pool=self.pool_directory,
+            networks=cfg.pretrain.networks,
+            model=cfg.model,
+            config=cfg.curate,
+        )
+        identity = fingerprint("curate", self.distilled["fingerprint"], cfg.curate)
+        return self._stage(
+            "curate", self.directory / "curation", identity, lambda: curate(job, self._workers(1))
+        )
 
     # ------------------------------------------------------------------ evaluate
 
     def evaluate(self) -> Manifest:
         """Accuracies of the distilled set and of its baselines."""
         cfg = self.config
-        sets: tuple[SetName, ...] = ("distilled", "random", "random_same_factor", "whole")
+        sets: list[SetName] = ["distilled", "random", "random_same_factor", "herding", "whole"]
+        if not cfg.evaluate.herding:
+            sets.remove("herding")
+        if cfg.curate.soft_labels:
+            sets.insert(1, "distilled_soft")
         tasks = [
             self._task(name, repeat) for name in sets for repeat in range(cfg.evaluate.repeats)
         ]
@@ -214,9 +241,11 @@ class Run:
         counts = self.shards["splits"]["train"]["counts"]
         training = cfg.evaluate.training
         content: dict[SetName, Callable[[], object]] = {
-            "distilled": self._distilled_hash,
+            "distilled": lambda: self._set_hash("distilled"),
+            "distilled_soft": lambda: self._set_hash("curated"),
             "random": lambda: cfg.ipc,
             "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
+            "herding": lambda: (cfg.ipc, self.pool["fingerprint"]),
             "whole": lambda: "",
         }
         if name == "whole":
@@ -227,18 +256,21 @@ class Run:
             identity=fingerprint(self.shards["fingerprint"], content[name]()),
             shards=self.shard_directory,
             shard_manifest=self.shards,
-            distilled=self.directory / "distilled",
+            distilled=self.directory / ("curated" if name == "distilled_soft" else "distilled"),
+            pool=self.pool_directory,
+            networks=cfg.pretrain.networks,
             model=cfg.model,
             training=training,
+            hard_epochs=round(cfg.curate.hard_fraction * training.epochs),
             ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
             factor=cfg.synthetic.factor,
             memory_budget=cfg.stream.memory_budget_mib * 2**20,
             seed=cfg.seed,
         )
 
-    def _distilled_hash(self) -> str:
-        _ = self.distilled  # runs the stage if it has to
-        return canonical_json(read_json(self.directory / "distilled" / "manifest.json")["sha256"])
+    def _set_hash(self, name: Literal["distilled", "curated"]) -> str:
+        _ = getattr(self, name)  # runs the stage if it has to
+        return canonical_json(read_json(self.directory / name / "manifest.json")["sha256"])
 
     # ------------------------------------------------------------------ report
 

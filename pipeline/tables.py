@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-STAGE_ORDER = ("shard", "pretrain", "tune", "distill", "evaluate")
+STAGE_ORDER = ("shard", "pretrain", "tune", "distill", "curate", "evaluate")
 SET_NAMES = {
     "distilled": "Distilled",
+    "distilled_soft": "Distilled, with soft labels",
     "random": "Random images",
     "random_same_factor": "Random images, same factor",
     "herding": "Herding",

@@ -1,11 +1,11 @@
 """Joining a Ray cluster, sizing a worker group on it, and the context that a worker's loop sees.
 
-The loops of the stages know `WorkerContext` alone: rank, world size, device and a sum over the
-workers. The same loop therefore runs under Ray Train, under plain torch.distributed, and in one
-process.
+The loops of the stages know `WorkerContext` alone: rank, world size and device. The same loop
+therefore runs under Ray Train, under plain torch.distributed, and in one process.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from upath import UPath
+
+from pipeline.config import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +36,6 @@ class WorkerContext:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the workers, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: object) -> list[Any]:
-        """The values of all workers, by rank, on every worker."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
 
 
 def current_context() -> WorkerContext:
@@ -127,8 +115,8 @@ def size_workers(num_workers: int | None, use_gpu: bool | None, num_items: int) 
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     with_gpu = gpus > 0 if use_gpu is None else use_gpu
     if with_gpu and gpus < (num_workers or 1):
-        raise ValueError(
-            f"--use_gpu true with {num_workers or 1} workers, but the cluster has {gpus} GPUs"
+        raise UsageError(
+            f"use_gpu true with {num_workers or 1} workers, but the cluster has {gpus} GPUs"
         )
     return Workers(max(1, min(num_workers or (gpus if with_gpu else cpus), num_items)), with_gpu)
 
@@ -141,27 +129,37 @@ def fit(
     name: str,
     storage: UPath,
     max_failures: int,
+    min_workers: int | None = None,
+    timeout_s: float = 1800.0,
 ) -> None:
     """Run a loop on a group of Ray Train workers; a failed group is started again up to
-    max_failures times.
+    max_failures times, with fewer workers, but at least min_workers, if nodes are gone.
 
-    `loop` must live in an importable module. Its results are the files it writes.
+    `loop` must live in an importable module. Its results are the files it writes. A worker waits
+    for the others for at most timeout_s.
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus = float(ray.cluster_resources().get("CPU", 1))
     per_worker = {"CPU": min(1.0, cpus / workers.count)}
     if workers.use_gpu:
         per_worker["GPU"] = 1
+    # Ray Train V1's stubs know no range.
+    count: Any = workers.count
+    if min_workers is not None:
+        count = (min(min_workers, count), count)
     trainer = TorchTrainer(
         loop,
         train_loop_config=dict(arguments),
+        torch_config=TorchConfig(timeout_s=math.ceil(timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=per_worker
+            num_workers=count,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=per_worker,
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # its stubs are those of Train V1
+        run_config=RunConfig(
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=max_failures),

@@ -213,6 +213,7 @@ class Bench:
                     "num_steps": args.steps,
                     "real_batch": args.real_batch,
                     "lr": args.lr,
+                    "calibration": 0.0,  # one ingredient at a time
                     "compile": args.compile,
                     "chunk_size": args.chunk,
                 }

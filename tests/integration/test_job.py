@@ -51,6 +51,7 @@ def test_job_submit_carries_results_and_exit_status(scratch: Path, tmp_path: Pat
     port = int(environment["RAY_PORT"])
     head = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     head += [f"--dashboard-port={port + 5}", "--object-store-memory=100000000"]
+    head += [f"--dashboard-agent-listen-port={port + 2}", f"--metrics-export-port={port + 3}"]
     log = scratch / "log"
     process = start(head, environment, log)
     try:

@@ -77,7 +77,13 @@ def test_the_run_directory_is_complete(tiny: tuple[Path, Path]) -> None:
     assert len(list((directory / "distilled" / "images").glob("*/*.png"))) == 10
     assert (directory / "distilled" / "preview.png").stat().st_size > 1000
     rows = json.loads((directory / "evaluation.json").read_text())["rows"]
-    assert [row["set"] for row in rows] == ["distilled", "random", "random_same_factor", "whole"]
+    assert [row["set"] for row in rows] == [
+        "distilled",
+        "random",
+        "random_same_factor",
+        "herding",
+        "whole",
+    ]
     for row in rows:
         assert len(row["accuracy"]) == 2
         assert all(0 <= value <= 1 for value in row["accuracy"])
@@ -117,6 +123,22 @@ def test_a_changed_option_redoes_what_depends_on_it(tiny: tuple[Path, Path]) -> 
     rows = json.loads((folder / "runs" / "changed" / "evaluation.json").read_text())["rows"]
     baseline = json.loads((folder / "runs" / "tiny" / "evaluation.json").read_text())["rows"]
     assert [r["accuracy"][0] for r in rows[1:]] == [r["accuracy"][0] for r in baseline[1:]]
+
+
+def test_soft_labels_are_a_set_of_their_own(tiny: tuple[Path, Path]) -> None:
+    folder, directory = tiny
+    curated, stages = run(folder, "--num_workers", "2", "--curate.soft_labels", "true")
+    assert curated == directory
+    assert stages["distill"]["reused"]
+    hard, soft = (ncfm.load(directory / name) for name in ("distilled", "curated"))
+    assert hard.soft_labels is None
+    assert torch.equal(hard.images, soft.images)
+    assert soft.soft_labels is not None
+    assert soft.soft_labels.shape == (40, 10)
+    torch.testing.assert_close(soft.soft_labels.sum(1), torch.ones(40))
+    rows = json.loads((directory / "evaluation.json").read_text())["rows"]
+    assert [row["set"] for row in rows[:2]] == ["distilled", "distilled_soft"]
+    assert "with soft labels" in (directory / "report.html").read_text()
 
 
 def test_an_interrupted_run_goes_on_exactly(

@@ -4,6 +4,7 @@ catch it).
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfm.augment import AugmentConfig
+from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
@@ -159,13 +161,62 @@ class TestInvariants:
 
 
 class TestKnownFaults:
-    def test_psi_moves_and_moves_uphill(self) -> None:
+    @pytest.mark.parametrize("objective", ["ncfd", "excess", "ratio"])
+    def test_psi_moves_and_moves_uphill(self, objective: str) -> None:
         """Fault 1: in the released code psi's gradient is exactly zero."""
-        distiller = make()
-        before = {n: p.detach().clone() for n, p in distiller.sampler.named_parameters()}
+        frequencies = dataclasses.replace(FREQUENCIES, objective=objective, lr=1e-4)  # type: ignore[arg-type]
+        distiller = make(frequencies=frequencies)
+        seen: list[Any] = []
+        original: Callable[..., Any] = distiller._ascend
+
+        def spy(x: Any, y: Any) -> Any:
+            before = [p.detach().clone() for p in distiller.sampler.parameters()]
+            values = [original(x, y), original(x, y)]  # the same draws, so the same objective
+            seen.append((before, values))
+            return values[0]
+
+        distiller._ascend = spy  # type: ignore[method-assign]
         run(distiller, 1)
-        for name, parameter in distiller.sampler.named_parameters():
-            assert not torch.equal(before[name], parameter), name
+        before, (first, second) = seen[0]
+        for old, parameter in zip(before, distiller.sampler.parameters(), strict=True):
+            assert not torch.equal(old, parameter)
+        assert float(second) > float(first)
+
+    def test_the_faulty_update_would_be_caught(self) -> None:
+        """Negative control of fault 1: descent and ascent summed into one gradient leave psi."""
+        distiller = make(frequencies=dataclasses.replace(FREQUENCIES, lr=1e-4))
+        x, y = torch.rand(6, 32), torch.rand(4, 32)
+        parameters = list(distiller.sampler.parameters())
+        t = distiller._frequencies(0)
+        loss = ncfd(empirical_cf(x, t), empirical_cf(y, t))
+        both = [torch.autograd.grad(sign * loss, parameters, retain_graph=True) for sign in (1, -1)]
+        for up, down in zip(*both, strict=True):
+            assert float(up.abs().max()) > 0
+            assert not (up + down).any()
+
+    def test_a_step_reads_no_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fault 5: the released code loads two checkpoints from disk at every step."""
+        distiller = make()
+
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            raise AssertionError(f"a step opened a file: {arguments}")
+
+        for name in ("builtins.open", "io.open", "os.open", "torch.load"):
+            monkeypatch.setattr(name, refuse)
+        with pytest.raises(AssertionError):
+            Path(__file__).read_bytes()  # the trap works
+        before = [distiller.images[c].detach().clone() for c in range(5)]
+        run(distiller, 3)
+        assert not any(torch.equal(distiller.images[c], before[c]) for c in range(5))
+
+    def test_nothing_asks_for_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fault 5: CUDA only."""
+
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            raise AssertionError("CUDA was initialised")
+
+        monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+        assert run(make(), 1)["class/0/images"].device.type == "cpu"
 
     def test_the_ascent_leaves_the_images_and_the_descent_leaves_psi(self) -> None:
         distiller = make()
@@ -233,7 +284,74 @@ class TestKnownFaults:
         assert torch.equal(distiller.images[2], initial(2))
 
 
+class TestPrecision:
+    def test_float64_blends_the_extractor_too(self) -> None:
+        """Converting the module alone would leave it with the weights that it had before."""
+        single = make(**without_psi())
+        double = make(**without_psi(dataclasses.replace(EVERYTHING, precision="float64")))
+        states = [run(d, 3) for d in (single, double)]
+        for c in range(5):
+            torch.testing.assert_close(
+                states[0][f"class/{c}/images"],
+                states[1][f"class/{c}/images"].float(),
+                atol=2e-3,
+                rtol=0,
+            )
+        index, beta = double.pool.draw(keyed_generator(7, "extractor", 2))
+        expected = make_state(index)["conv.weight"].lerp(
+            make_state(100 + index)["conv.weight"], beta
+        )
+        double.pool.blend(index, beta)
+        torch.testing.assert_close(double.pool.model.state_dict()["conv.weight"].float(), expected)
+
+
+class TestClipping:
+    def gradients(self, **changes: Any) -> dict[int, Tensor]:
+        """Moves of one SGD step of rate 1 from mid-grey: the gradients, each class's own."""
+        config = dataclasses.replace(
+            EVERYTHING, optimizer="sgd", lr=1.0, loss_weight=1e-2, weight_decay=0.0, **changes
+        )
+        distiller = make(**without_psi(config))
+        with torch.no_grad():
+            for c in distiller.images:
+                distiller.images[c].mul_(0.2).add_(0.4)
+        before = {c: p.detach().clone() for c, p in distiller.images.items()}
+        run(distiller, 1)
+        return {c: before[c] - p.detach() for c, p in distiller.images.items()}
+
+    def test_off_by_default(self) -> None:
+        assert DistillConfig().clip_grad_norm is None
+        assert DistillConfig().clip_grad_value is None
+
+    def test_by_norm_class_by_class(self) -> None:
+        free = self.gradients()
+        norms = sorted(float(g.norm()) for g in free.values())
+        clipped = self.gradients(clip_grad_norm=norms[2])
+        for c, gradient in free.items():
+            factor = min(1.0, norms[2] / float(gradient.norm()))
+            torch.testing.assert_close(clipped[c], gradient * factor, atol=1e-6, rtol=1e-3)
+
+    def test_by_value(self) -> None:
+        free = self.gradients()
+        limit = 0.5 * max(float(g.abs().max()) for g in free.values())
+        clipped = self.gradients(clip_grad_value=limit)
+        for c, gradient in free.items():
+            torch.testing.assert_close(
+                clipped[c], gradient.clamp(-limit, limit), atol=1e-6, rtol=1e-3
+            )
+
+
 class TestExtractors:
+    @pytest.mark.parametrize(("blend", "offset"), [((0.0, 0.0), 0), ((1.0, 1.0), 100)])
+    def test_random_or_trained_networks_alone(
+        self, blend: tuple[float, float], offset: int
+    ) -> None:
+        config = dataclasses.replace(EVERYTHING, blend=blend, calibration=0.0)
+        distiller = make(**without_psi(config))
+        run(distiller, 1)
+        weight = distiller.pool.model.state_dict()["conv.weight"]
+        assert any(torch.equal(weight, make_state(offset + i)["conv.weight"]) for i in range(3))
+
     def test_blend_is_the_lerp_of_weights_and_buffers(self) -> None:
         pool = make_pool()
         state = pool.blend(1, 0.3).state_dict()
@@ -255,8 +373,15 @@ class TestExtractors:
 
 class TestObjectives:
     def test_linear_mmd_in_the_same_loop(self) -> None:
-        distiller = make(**without_psi(dataclasses.replace(EVERYTHING, objective="mmd")))
-        assert float(distiller.update({c: real_batch(c, 0) for c in range(5)})["ncfd"]) > 0
+        """DM: the mean features approach those of the real images; there is nothing to sample."""
+        config = dataclasses.replace(EVERYTHING, objective="mmd", calibration=0.0)
+        distiller = make(config=config)
+        assert distiller.psi_optimizer is None
+        values = [
+            float(distiller.update({c: real_batch(c, 0) for c in range(5)})["ncfd"])
+            for _ in range(60)
+        ]
+        assert sum(values[-10:]) < 0.7 * sum(values[:10])
 
     def test_calibration_makes_the_trained_network_sure(self) -> None:
         config = dataclasses.replace(EVERYTHING, calibration=50.0, loss_weight=1e-3)
@@ -266,6 +391,22 @@ class TestObjectives:
             for _ in range(60)
         ]
         assert sum(values[-10:]) < 0.9 * sum(values[:10])
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"blend": (0.5, 0.2)},
+            {"blend": (0.0, 1.5)},
+            {"clip_grad_norm": 0.0},
+            {"clip_grad_value": -1.0},
+            {"alpha": 1.1},
+            {"calibration": -1.0},
+            {"lr": 0.0},
+        ],
+    )
+    def test_impossible_values_are_refused(self, change: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="got"):
+            dataclasses.replace(EVERYTHING, **change)
 
     def test_several_ascents(self) -> None:
         state = run(make(frequencies=dataclasses.replace(FREQUENCIES, ascents=3)), 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncfm.augment import AugmentConfig
-from ncfm.baselines import herding, random_set
+from ncfm.baselines import herding, herding_set, random_set
 from ncfm.evaluate import evaluate_once
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig, build_model
@@ -77,6 +77,22 @@ def test_every_image_comes_once_an_epoch() -> None:
         assert sorted(seen.tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 64])
+def test_accuracy_counts_every_image_once(batch_size: int) -> None:
+    """Fault 5 of the released code: a padded test set counts some images twice."""
+
+    class Reads(torch.nn.Module):  # the class is what the first pixel says
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bright = SPEC.std[0] * x[:, 0, 0, 0] + SPEC.mean[0]
+            return torch.stack([1 - bright, bright], dim=1)
+
+    said = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 1])
+    truth = said.clone()
+    truth[[0, 8, 9]] ^= 1  # wrong at the ends, where padding would repeat
+    data = InMemoryImages((said * 255).byte().view(-1, 1, 1, 1).expand(-1, 1, 8, 8), truth)
+    assert accuracy(Reads(), data, SPEC, batch_size=batch_size) == 0.7
+
+
 def test_evaluation_reports_the_last_epoch_and_looks_once_at_the_test_set() -> None:
     """Fault 5 of the released code: best-on-test accuracy."""
 
@@ -121,3 +137,16 @@ def test_random_set_packs_factor_squared_images() -> None:
     assert random_set(real, 2, seed=0, class_index=0).shape == (2, 1, 8, 8)
     packed = random_set(real, 2, seed=0, class_index=0, factor=2)
     torch.testing.assert_close(packed, torch.full((2, 1, 8, 8), 128 / 255))
+
+
+def test_herding_set_is_herding_of_the_networks_features() -> None:
+    extractor = build_model(MODEL, num_classes=2, channels=1, image_size=8, seed=0).eval()
+    data = two_classes(41, 0)
+    with torch.no_grad():
+        features = extractor.features(SPEC.normalize(data.images.float() / 255))
+    chosen = herding(features, 5)
+    made = herding_set(data, 5, extractor, SPEC, batch_size=7)
+    torch.testing.assert_close(made, data.images[chosen].float() / 255)
+    few = herding_set(two_classes(3, 0), 5, extractor, SPEC)
+    assert few.shape == (5, 1, 8, 8)
+    assert torch.equal(few[:2], few[3:])

@@ -1,0 +1,68 @@
+"""What a distiller needs of the workers it shares a run with; it knows no more of them."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """Joins the workers of a run, and inside it the GROUP of workers that share the same classes.
+
+    Every worker of a run, or of a group, calls the same sums in the same order. A sum is the same
+    number, bit for bit, on all who took part: that is what keeps the members of a group alike.
+    """
+
+    @property
+    def member(self) -> int:
+        """This worker's place in its group, from 0."""
+        ...
+
+    @property
+    def members(self) -> int:
+        """Workers in its group."""
+        ...
+
+    def sum_all(self, tensor: Tensor) -> Tensor:
+        """Sum over all workers of the run, in place."""
+        ...
+
+    def sum_group(self, tensor: Tensor) -> Tensor:
+        """Sum over the members of the group, in place."""
+        ...
+
+
+class Alone:
+    """The communicator of a single worker."""
+
+    member, members = 0, 1
+
+    def sum_all(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def sum_group(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+
+def group_total(share: Tensor, communicator: Communicator) -> Tensor:
+    """The sum of the members' shares. Its gradient is that with respect to the OWN share alone.
+
+    So the gradients that the members compute add up to the whole one, every sample counted once.
+    """
+    if communicator.members == 1:
+        return share
+    total: Tensor = _GroupTotal.apply(share, communicator.sum_group)
+    return total
+
+
+class _GroupTotal(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, share: Tensor, sum_group: Callable[[Tensor], Tensor]) -> Tensor:
+        return sum_group(share.clone())
+
+    @staticmethod
+    def backward(_: Any, *gradients: Any) -> Any:
+        return gradients[0], None

@@ -1,0 +1,242 @@
+"""The loop of a worker that distils: minmax steps, rows of metrics, checkpoints.
+
+It runs under Ray Train, under plain torch.distributed, and in one process: see `current_context`.
+"""
+
+import logging
+import platform
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from upath import UPath
+
+from ncfm.augment import AugmentConfig
+from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
+from ncfm.extractors import ExtractorPool
+from ncfm.frequencies import FrequencyConfig
+from ncfm.models import ModelConfig
+from ncfm.seeding import keyed_generator
+from ncfm.synthetic import SyntheticConfig, initial_images
+from pipeline.assignment import ClassCost, assign
+from pipeline.checkpoint import CheckpointWriter, load_checkpoint
+from pipeline.collectives import Collectives
+from pipeline.config import RuntimeConfig, StreamConfig
+from pipeline.health import fatal_error, record_fatal, stragglers
+from pipeline.pretrain import load_members, new_network
+from pipeline.progress import Progress, append_rows, read_rows
+from pipeline.stage import Manifest, peak_rss_bytes
+from pipeline.stream import ClassStreams, ShardSet
+from pipeline.workers import current_context
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillJob:
+    """What a worker needs to distil its classes."""
+
+    shards: UPath
+    shard_manifest: Manifest
+    pool: UPath
+    networks: int
+    checkpoints: UPath
+    metrics: UPath
+    model: ModelConfig
+    synthetic: SyntheticConfig
+    distill: DistillConfig
+    frequencies: FrequencyConfig
+    augment: AugmentConfig
+    stream: StreamConfig
+    runtime: RuntimeConfig
+    ipc: int
+    seed: int
+
+    def costs(self) -> list[ClassCost]:
+        """What each class costs in a step."""
+        counts = self.shard_manifest["splits"]["train"]["counts"]
+        synthetic, calibrated = self.ipc * self.synthetic.factor**2, self.distill.calibration > 0
+        return [
+            ClassCost.of(min(n, self.distill.real_batch), synthetic, calibrated=calibrated)
+            for n in counts
+        ]
+
+    def most_workers(self) -> int:
+        """More workers than this would share classes in less than a chunk of images each."""
+        return sum(max(1, int(c.shared) // self.distill.chunk_size) for c in self.costs())
+
+
+def distill_loop(arguments: dict[str, Any]) -> None:
+    """The loop of one worker; its results are the checkpoints and the rows of metrics."""
+    job: DistillJob = arguments["job"]
+    if fatal_error(job.checkpoints) is not None:
+        return  # started again after an error that would only come again: the driver reports it
+    loop = Loop(job)
+    try:
+        loop.run()
+    except NonFiniteLossError as error:
+        record_fatal(job.checkpoints, error, loop.class_names)
+        raise
+
+
+class Loop:
+    """One worker's share of the classes, and what it tells of it."""
+
+    def __init__(self, job: DistillJob) -> None:
+        self.job, self.context, self.costs = job, current_context(), job.costs()
+        shards = ShardSet(job.shards, job.shard_manifest)
+        self.class_names = shards.spec.class_names
+        self.groups = assign(self.costs, self.context.world_size)
+        self.collectives = Collectives(
+            self.context, self.groups, timeout_s=job.runtime.collective_timeout_s
+        )
+        self.group = next(group for group in self.groups if self.context.rank in group.ranks)
+        budget = job.stream.memory_budget_mib * 2**20
+        self.streams = ClassStreams(
+            shards, self.group.classes, memory_budget_bytes=budget, seed=job.seed
+        )
+        about = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
+        self.hosts = [host for _, host in about]
+        self.writer = CheckpointWriter(
+            job.checkpoints,
+            rank=self.context.rank,
+            writers=[group.ranks[0] for group in self.groups],
+            attempt=about[0][0],
+            keep=job.runtime.checkpoints_kept,
+            timeout_s=job.runtime.collective_timeout_s,
+        )
+        state = self._restore()
+        images = {
+            c: _initial_images(job, self.streams, c)
+            if state is None
+            else state[f"class/{c}/images"]
+            for c in self.group.classes
+        }
+        network = new_network(job.model, shards.spec, seed=0)  # its weights are the pool's
+        members = load_members(job.pool, job.networks)
+        self.distiller = Distiller(
+            images,
+            factor=job.synthetic.factor,
+            spec=shards.spec,
+            pool=ExtractorPool(network, members, device=self.context.device),
+            seed=job.seed,
+            config=job.distill,
+            frequencies=job.frequencies,
+            augment=job.augment,
+            num_classes=shards.spec.num_classes,
+            device=self.context.device,
+            communicator=self.collectives,
+        )
+        if state is None:
+            self._save()  # step 0: the initial images
+            self.writer.wait()
+        else:
+            self.distiller.load_state_dict(state)
+
+    def _restore(self) -> dict[str, Tensor] | None:
+        """The newest checkpoint that all workers can read; each reads its classes alone."""
+        at_most: int | None = None
+        while True:
+            state = load_checkpoint(
+                self.job.checkpoints, classes=self.group.classes, at_most=at_most
+            )
+            steps = self.collectives.gather(-1 if state is None else int(state["step"]))
+            if len(set(steps)) == 1:
+                return state
+            at_most = min(steps)  # a part that only some workers need is damaged
+
+    def run(self) -> None:
+        """Step until the end; the last checkpoint holds the result."""
+        job, distiller = self.job, self.distiller
+        self.progress = Progress(
+            "distill", job.distill.num_steps, unit="steps", done=distiller.step
+        )
+        if self.context.rank == 0:  # rows beyond the checkpoint will be written again
+            kept = [row for row in read_rows(job.metrics) if row.get("step", 0) <= distiller.step]
+            append_rows(job.metrics, kept, fresh=True)
+        self.saved_at = time.monotonic()
+        self._start_interval()
+        while distiller.step < job.distill.num_steps:
+            size, step = job.distill.real_batch, distiller.step
+            real = {c: self.streams.batch(c, step, size) for c in distiller.images}
+            for name, value in distiller.update(real).items():
+                self.sums[name] = self.sums.get(name, 0) + value
+            if (
+                distiller.step == job.distill.num_steps
+                or distiller.step % job.runtime.log_every == 0
+            ):
+                self._log()
+
+    def _start_interval(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.began, self.first_step = time.monotonic(), self.distiller.step
+        self.sent_before, self.waited_before = self.collectives.bytes_sent, self.collectives.seconds
+
+    def _log(self) -> None:
+        """Add up what all workers have to tell; with it rank 0 says whether to save."""
+        job, now, rank = self.job, time.monotonic(), self.context.rank
+        steps, last = self.distiller.step - self.first_step, self._is_last()
+        waited = self.collectives.seconds - self.waited_before
+        due = last or now - self.saved_at >= job.runtime.checkpoint_every_s
+        mine = torch.zeros(2 + self.context.world_size, dtype=torch.float64)
+        mine[0] = self.collectives.bytes_sent - self.sent_before
+        mine[1] = float(rank == 0 and due and (last or not self.writer.busy))
+        mine[2 + rank] = now - self.began - waited
+        sums = torch.cat(
+            [torch.stack([*self.sums.values()]).double(), mine.to(self.context.device)]
+        )
+        totals = self.collectives.sum_all(sums).tolist()
+        values, (sent, save, *seconds) = totals[: len(self.sums)], totals[len(self.sums) :]
+        means = {
+            name: total / steps / self.distiller.num_classes
+            for name, total in zip(self.sums, values, strict=True)
+        }
+        if rank == 0:
+            self._report(means, sent / steps, (now - self.began) / steps, seconds)
+        if save:
+            self._save()
+            if last:
+                self.writer.wait()
+        self._start_interval()
+
+    def _is_last(self) -> bool:
+        return self.distiller.step == self.job.distill.num_steps
+
+    def _report(
+        self, means: dict[str, float], sent: float, step_s: float, seconds: list[float]
+    ) -> None:
+        step, rate = self.distiller.step, sum(cost.shared for cost in self.costs) / step_s
+        values = {**means, "images_per_s": rate, "step_s": step_s, "bytes_per_step": sent}
+        row = {"stage": "distill", "step": step, "time": time.time()}
+        row |= {f"distill/{name}": value for name, value in values.items()}
+        append_rows(self.job.metrics, [row])
+        self.progress.update(step, **means, **{"images/s": rate})
+        costs = [group.cost(self.costs) for group in self.groups for _ in group.ranks]
+        factor = self.job.runtime.straggler_factor
+        for slow, ratio in stragglers(seconds, costs, factor):
+            logger.warning(
+                "step %d: worker %d on %s takes %.1f times as long for its work as the others",
+                step, slow, self.hosts[slow], ratio,
+            )  # fmt: skip
+
+    def _save(self) -> None:
+        """Begin a checkpoint: what is taken now is written in the background."""
+        state = self.distiller.state_dict()
+        if self._is_last():
+            peaks = self.collectives.gather(peak_rss_bytes())
+            state["peak_rss_bytes"] = torch.tensor(max(peaks))
+        if self.context.rank:  # psi and the step are the same everywhere: rank 0 writes them
+            state = {key: value for key, value in state.items() if key.startswith("class/")}
+        self.writer.save(self.distiller.step, state)
+        self.saved_at = time.monotonic()
+
+
+def _initial_images(job: DistillJob, streams: ClassStreams, class_index: int) -> Tensor:
+    needed = job.synthetic.real_images_needed(job.ipc)
+    real = streams.batch(class_index, 0, needed, purpose="init")
+    return initial_images(
+        real, job.ipc, job.synthetic, keyed_generator(job.seed, "init_noise", class_index)
+    )

@@ -1,0 +1,168 @@
+"""What distribution costs: ratios inside one run, and a prediction from measured inputs.
+
+    python tests/benchmarks/bench_scaling.py --out runs/bench [--steps 20] [--images_per_s 9000]
+
+Prints JSON: Ray Train around the loop against the same loop in this process; two workers against
+one, one core each; the loop's time in checkpoints; and the predicted efficiency at 8, 64 and 512
+GPUs for ImageNet-1K at 224 px, IPC 10, on 100 Gb/s Ethernet, with the model and all its inputs.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from upath import UPath
+
+from ncfm.frequencies import FrequencyConfig
+from pipeline.assignment import ClassCost, assign
+from pipeline.checkpoint import CheckpointWriter
+from pipeline.collectives import predicted_bytes
+from pipeline.config import parse_command
+from pipeline.distill_loop import DistillJob, distill_loop
+from pipeline.progress import read_rows
+from pipeline.stages import Run
+from pipeline.workers import Workers, connect, fit
+
+OFTEN, NEVER = 0.0, 1e9
+
+
+class Bench:
+    """One job, run in several ways."""
+
+    def __init__(self, folder: Path, steps: int, real_batch: int) -> None:
+        self.folder, self.steps = folder, steps
+        options = {
+            "storage_path": folder,
+            "distill.real_batch": real_batch,
+            "distill.num_steps": steps,
+            "runtime.log_every": 1,
+            "runtime.max_failures": 0,
+        }
+        run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))
+        run.start()
+        self.job: DistillJob = run.distill_job()
+
+    def step_s(self, name: str, workers: int | None, checkpoint_every_s: float = NEVER) -> float:
+        """Median seconds of a step; None: in this process, without Ray."""
+        place = UPath(self.folder / f"{name}-{time.time_ns()}")
+        runtime = dataclasses.replace(self.job.runtime, checkpoint_every_s=checkpoint_every_s)
+        job = dataclasses.replace(
+            self.job, checkpoints=place, metrics=place / "metrics.jsonl", runtime=runtime
+        )
+        place.mkdir(parents=True)
+        arguments = {"job": job}
+        if workers is None:
+            distill_loop(arguments)
+        else:
+            group = Workers(workers, use_gpu=False)
+            fit(distill_loop, arguments, group, name=place.name, storage=place, max_failures=0)
+        rows = [row["distill/step_s"] for row in read_rows(job.metrics)]
+        return statistics.median(rows[len(rows) // 3 :])
+
+
+def checkpoint_stall(folder: Path, mib: int) -> dict[str, float]:
+    """How long the loop stands still for a checkpoint, and how long the checkpoint takes."""
+    state = {"step": torch.tensor(1), "class/0/images": torch.rand(mib * 2**18)}
+    writer = CheckpointWriter(UPath(folder / f"stall-{time.time_ns()}"))
+    began = time.perf_counter()
+    writer.save(1, {key: value.clone() for key, value in state.items()})
+    stalled = time.perf_counter() - began
+    writer.wait()
+    return {"mib": mib, "loop_waits_s": stalled, "takes_s": time.perf_counter() - began}
+
+
+def predict(images_per_s: float, *, bytes_per_s: float, latency_s: float) -> dict[str, Any]:
+    """Efficiency for ImageNet-1K, 224 px, IPC 10, factor 2, ConvNet-6 of width 128.
+
+    step(W) = passes of the costliest group / rate + ring all-reduces, each of B bytes over n
+    workers taking 2 (n - 1) / n B / bandwidth + 2 (n - 1) latency; efficiency = step(1) / (W
+    step(W)). Nothing is overlapped, so it is a lower bound.
+    """
+    dim = 128 * 3 * 3
+    frequencies = FrequencyConfig(sampler="psi")
+    costs = [ClassCost.of(1024, 10 * 4)] * 1000
+    whole = sum(c.shared + c.own for c in costs)
+
+    def ring(size: float, n: int) -> float:
+        return 2 * (n - 1) / n * size / bytes_per_s + 2 * (n - 1) * latency_s
+
+    rows = []
+    for workers in (1, 8, 64, 512):
+        groups = assign(costs, workers)
+        compute = max(group.cost(costs) for group in groups) / images_per_s
+        psi = predicted_bytes(assign(costs, 2), frequencies, dim=dim) / 2  # the gradient itself
+        network = frequencies.ascents * ring(psi, workers)
+        messages = [
+            (4 * len(g.classes) * (2 * frequencies.num_freqs + 1), len(g.ranks)) for g in groups
+        ]
+        network += max(
+            frequencies.ascents * ring(2 * size, n) + ring(size, n) for size, n in messages
+        )
+        step = compute + network
+        row = {
+            "workers": workers,
+            "groups": len(groups),
+            "compute_s": compute,
+            "network_s": network,
+            "bytes_per_step": predicted_bytes(groups, frequencies, dim=dim),
+            "balance": whole / images_per_s / workers / compute,
+            "efficiency": whole / images_per_s / workers / step,
+        }
+        rows.append(row)
+    inputs = {
+        "passes_per_s_of_one_gpu, given and not measured here": images_per_s,
+        "bandwidth_bytes_per_s": bytes_per_s,
+        "latency_s": latency_s,
+        "classes": 1000,
+        "real_images_per_class": 1024,
+        "synthetic_passes_per_class": costs[0].own,
+        "feature_dim": dim,
+        "num_freqs": frequencies.num_freqs,
+    }
+    return {"model": predict.__doc__, "inputs": inputs, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--real_batch", type=int, default=64)
+    parser.add_argument(
+        "--images_per_s", type=float, default=9000.0, help="of one GPU at 224 px: assumed"
+    )
+    parser.add_argument("--latency_s", type=float, default=3e-5)
+    parser.add_argument("--predict_only", action="store_true")
+    args = parser.parse_args()
+    folder: Path = args.out.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "prediction": predict(args.images_per_s, bytes_per_s=100e9 / 8, latency_s=args.latency_s),
+        "checkpoint": [checkpoint_stall(folder, mib) for mib in (16, 128)],
+    }
+    if not args.predict_only:
+        connect()
+        torch.set_num_threads(1)
+        bench = Bench(folder, args.steps, args.real_batch)
+        alone = bench.step_s("alone", None)
+        one, two = bench.step_s("one", 1), bench.step_s("two", 2)
+        saving = bench.step_s("saving", None, OFTEN)
+        result["measured"] = {
+            "step_s_alone": alone,
+            "step_s_ray_1": one,
+            "step_s_ray_2": two,
+            "ray_overhead": one / alone - 1,
+            "two_workers_speedup": one / two,
+            "checkpoints_without_pause_slow_down": saving / alone - 1,
+        }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

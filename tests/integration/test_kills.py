@@ -1,0 +1,254 @@
+"""Processes are killed, with SIGKILL, and the run goes on to the very same images."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import ncfm
+from pipeline.config import parse_command
+from pipeline.progress import read_rows
+from pipeline.stage import StageError
+from pipeline.stages import Run
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+PRESET = f"""
+[shard]
+image_size = 16
+[model]
+depth = 2
+width = 8
+[pretrain]
+networks = 2
+[pretrain.training]
+epochs = 1
+[distill]
+num_steps = {STEPS}
+real_batch = 8
+lr = 0.02
+calibration = 0.1
+[frequencies]
+num_freqs = 64
+num_components = 4
+[runtime]
+log_every = 2
+checkpoint_every_s = 0.0
+max_failures = 3
+"""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs that share their shards and pool."""
+
+    folder: Path
+
+    def arguments(self, name: str, *options: str) -> list[str]:
+        preset = self.folder / "kills.toml"
+        preset.write_text(PRESET)
+        storage = str(self.folder / "runs")
+        base = ["--config", str(preset), "--storage_path", storage, "--name", name]
+        return ["distill", *base, *options]
+
+    def finish(self, name: str, *options: str) -> torch.Tensor:
+        """The distilled images; the run is started in this process."""
+        run = Run(parse_command(self.arguments(name, *options)))
+        run.start()
+        run.stages()["distill"]()
+        return ncfm.load(self.folder / "runs" / name / "distilled").images
+
+    def start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+        """The same command in a process of its own."""
+        command = [sys.executable, str(ROOT / "pipeline" / "run.py")]
+        return subprocess.Popen(
+            [*command, *self.arguments(name, *options)],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def steps(self, name: str) -> list[int]:
+        """The logged steps."""
+        rows = read_rows(self.folder / "runs" / name / "metrics.jsonl")
+        return [row["step"] for row in rows if row["stage"] == "distill"]
+
+    def reached(self, name: str, step: int) -> bool:
+        return max(self.steps(name), default=0) >= step
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def train_workers(ancestor: int) -> list[int]:
+    """Ray Train's workers among the descendants of a process. No other process is touched."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+                names[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue  # it has just ended
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != ancestor:
+            pid = parents[pid]
+        return pid == ancestor
+
+    return [pid for pid, name in names.items() if b"RayTrainWorker" in name and descends(pid)]
+
+
+@pytest.fixture(scope="module")
+def runs(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs) -> torch.Tensor:
+    return runs.finish("undisturbed", "--num_workers", "2")
+
+
+def test_a_killed_worker(runs: Runs, undisturbed: torch.Tensor) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: runs.reached("worker", 10))
+        killed.append(random.choice(train_workers(os.getpid())))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    images = runs.finish("worker", "--num_workers", "2")
+    thread.join()
+    assert killed
+    assert torch.equal(images, undisturbed)
+    assert runs.steps("worker") == list(range(2, STEPS + 1, 2))  # no row lost or doubled
+
+
+def test_a_killed_driver(runs: Runs, undisturbed: torch.Tensor, joined: None) -> None:
+    driver = runs.start("driver", "--num_workers", "2")
+    wait_for(lambda: runs.reached("driver", 10))
+    driver.kill()
+    driver.wait()
+    wait_for(lambda: not train_workers(os.getpid()))  # Ray ends what belonged to the driver
+    assert not (runs.folder / "runs" / "driver" / "distilled").exists()
+    assert torch.equal(runs.finish("driver", "--num_workers", "2"), undisturbed)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts join the test's cluster."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
+def test_a_non_finite_loss_is_not_tried_again(runs: Runs) -> None:
+    with pytest.raises(StageError, match=r"step \d+: the loss of class .* last good checkpoint"):
+        runs.finish("infinite", "--num_workers", "2", "--frequencies.lr", "1e30")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_killed_on_four_and_resumed_on_two(
+    runs: Runs, undisturbed: torch.Tensor, joined: None
+) -> None:
+    driver = runs.start("four", "--num_workers", "4")
+    wait_for(lambda: runs.reached("four", 20))
+    driver.kill()
+    driver.wait()
+    wait_for(lambda: not train_workers(os.getpid()))
+    images = runs.finish("four", "--num_workers", "2")
+    torch.testing.assert_close(images, undisturbed, atol=1e-4, rtol=0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_twenty_random_moments(runs: Runs, undisturbed: torch.Tensor, joined: None) -> None:
+    """Workers and drivers, at any moment of a run: also while it starts, or writes a checkpoint."""
+    name, draw, kills = "random", random.Random(0), 0
+    while True:
+        process = runs.start(name, "--num_workers", "2", "--runtime.max_failures", "-1")
+        victim = draw.choice(["worker", "driver"]) if kills < 20 else "nobody"
+        if victim == "driver":
+            wait_for(lambda: bool(train_workers(os.getpid())))
+            time.sleep(draw.uniform(0, 8))
+            process.kill()
+            kills += 1
+        elif victim == "worker":
+            wait_for(lambda: bool(train_workers(os.getpid())))
+            time.sleep(draw.uniform(0, 8))
+            for pid in train_workers(os.getpid())[:1]:
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+            time.sleep(draw.uniform(0, 20))
+            process.kill()
+        code = process.wait()
+        wait_for(lambda: not train_workers(os.getpid()))
+        if code == 0:
+            images = ncfm.load(runs.folder / "runs" / name / "distilled").images
+            assert torch.equal(images, undisturbed)
+            if kills >= 20:
+                return
+            name = f"random-{kills}"
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[object]:
+    """A cluster of this test's own, its head without CPUs: workers are on the other node."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
+        }.items():
+            patch.setenv(name, value)
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}
+        )
+        cluster.add_node(num_cpus=4)
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_killed_node(
+    undisturbed: torch.Tensor, runs: Runs, two_nodes: object, request: pytest.FixtureRequest
+) -> None:
+    """Last in this file: it takes the session's cluster down and uses its own."""
+    cluster: object = two_nodes
+    images: list[torch.Tensor] = []
+    thread = threading.Thread(
+        target=lambda: images.append(runs.finish("node", "--num_workers", "2"))
+    )
+    thread.start()
+    wait_for(lambda: runs.reached("node", 10))
+    node = cluster.worker_nodes.copy().pop()  # type: ignore[attr-defined]
+    cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
+    cluster.add_node(num_cpus=4)  # type: ignore[attr-defined]
+    thread.join(600)
+    assert images
+    assert torch.equal(images[0], undisturbed)
