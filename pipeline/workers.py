@@ -7,9 +7,10 @@ therefore runs under Ray Train, under plain torch.distributed, and in one proces
 import logging
 import math
 import os
-import signal
 import socket
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,10 +167,17 @@ def fit(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    previous = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit()
-    except SystemExit as stopped:  # Ray Train's answer to Ctrl-C
-        raise KeyboardInterrupt from stopped
-    finally:  # Ray Train leaves its handler behind
-        signal.signal(signal.SIGINT, previous)
+    # In a thread of its own, since on the main thread Ray Train takes Ctrl-C over, and then waits
+    # for workers that are busy. All of them end with this process.
+    done: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=work, name="fit", daemon=True).start()
+    done.result()
