@@ -3,67 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiny import run
 
 import ncfm
-from pipeline.config import parse_command
 from pipeline.progress import read_rows
-from pipeline.stages import Run
 
 ROOT = Path(__file__).parents[2]
-TINY = """
-[shard]
-image_size = 16
-[model]
-depth = 2
-width = 8
-[pretrain]
-networks = 2
-[pretrain.training]
-epochs = 1
-[distill]
-num_steps = 6
-real_batch = 8
-lr = 0.02
-[frequencies]
-num_freqs = 64
-num_components = 4
-[evaluate]
-repeats = 2
-whole_epochs = 1
-[evaluate.training]
-epochs = 2
-[runtime]
-log_every = 2
-max_failures = 0
-"""
-
-
-def run(tmp_path: Path, *arguments: str) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """All stages in this process; returns the run's directory and its stages.json."""
-    preset = tmp_path / "tiny.toml"
-    preset.write_text(TINY)
-    run = Run(
-        parse_command(
-            ["--config", str(preset), "--storage_path", str(tmp_path / "runs"), *arguments]
-        )
-    )
-    run.start()
-    for stage in run.stages().values():
-        stage()
-    directory = Path(str(run.directory))
-    return directory, json.loads((directory / "stages.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tiny(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A finished tiny run: (folder, run directory)."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    directory, _ = run(folder, "--num_workers", "2")
-    return folder, directory
 
 
 def test_the_run_directory_is_complete(tiny: tuple[Path, Path]) -> None:
