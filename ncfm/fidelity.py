@@ -17,7 +17,7 @@ CHUNK = 2048  # rows whose distances are held at a time
 class Moments(NamedTuple):
     """Sums of samples and of their products, float64. They add."""
 
-    count: int
+    size: int  # samples
     total: Tensor  # (D,)
     products: Tensor  # (D, D): sum of x x^T
 
@@ -30,18 +30,18 @@ class Moments(NamedTuple):
     def plus(self, other: "Moments") -> "Moments":
         """Of both sets together."""
         return Moments(
-            self.count + other.count, self.total + other.total, self.products + other.products
+            self.size + other.size, self.total + other.total, self.products + other.products
         )
 
     def mean(self) -> Tensor:
         """(D,)."""
-        return self.total / self.count
+        return self.total / self.size
 
     def covariance(self) -> Tensor:
         """(D, D), unbiased; zero for a single sample."""
         mean = self.mean()
-        centred = self.products - self.count * torch.outer(mean, mean)
-        return centred / max(self.count - 1, 1)
+        centred = self.products - self.size * torch.outer(mean, mean)
+        return centred / max(self.size - 1, 1)
 
 
 def frechet_distance(x: Moments, y: Moments) -> float:
@@ -59,7 +59,8 @@ def frechet_distance(x: Moments, y: Moments) -> float:
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    return root
 
 
 class CFDistance(NamedTuple):
@@ -162,20 +163,20 @@ class Nearest(NamedTuple):
     """The nearest of many samples to each of some, over chunks: take the less of two."""
 
     distance: Tensor  # (M,)
-    index: Tensor  # (M,) int64: place among the many
+    place: Tensor  # (M,) int64: among the many
 
     def less(self, other: "Nearest") -> "Nearest":
         """The nearer of each two; of equally near ones the first."""
         better = (other.distance < self.distance) | (
-            (other.distance == self.distance) & (other.index < self.index)
+            (other.distance == self.distance) & (other.place < self.place)
         )
         return Nearest(
             torch.where(better, other.distance, self.distance),
-            torch.where(better, other.index, self.index),
+            torch.where(better, other.place, self.place),
         )
 
 
-def nearest(x: Tensor, many: Tensor, first_index: int = 0) -> Nearest:
-    """For samples x (M, D) the nearest of `many` (N, D), whose places begin with first_index."""
+def nearest(x: Tensor, many: Tensor, first_place: int = 0) -> Nearest:
+    """For samples x (M, D) the nearest of `many` (N, D), whose places begin with first_place."""
     distance, index = torch.cdist(x, many).min(1)
-    return Nearest(distance, index + first_index)
+    return Nearest(distance, index + first_place)

@@ -175,7 +175,8 @@ def shrunk(images: Tensor) -> Tensor:
     """
     size = min(PIXELS, images.shape[-1])
     pixels = F.interpolate(to_unit(images), size=(size, size), mode="area").flatten(1)
-    return pixels.double() / pixels.shape[1] ** 0.5
+    scaled: Tensor = pixels.double() / pixels.shape[1] ** 0.5
+    return scaled
 
 
 def measure_sets(job: AuditJob) -> bytes:
@@ -230,7 +231,7 @@ class ShardPass:
         for key, pixels in self.pixels.items():
             if len(pixels):
                 near = nearest(pixels, real, start)
-                tensors[f"{key}/distance"], tensors[f"{key}/index"] = near
+                tensors[f"{key}/distance"], tensors[f"{key}/place"] = near
         data = np.frombuffer(save_tensors(tensors), dtype=np.uint8)
         return {"shard": [place], "data": [data.tobytes()]}
 
@@ -279,7 +280,7 @@ def pass_over_shards(job: AuditJob, sets: bytes, workers: Workers) -> RealSide:
     near: dict[str, Nearest] = {}
     for part in parts:
         for key in (k.removesuffix("/distance") for k in part if k.endswith("/distance")):
-            mine_near = Nearest(part[f"{key}/distance"], part[f"{key}/index"])
+            mine_near = Nearest(part[f"{key}/distance"], part[f"{key}/place"])
             near[key] = near[key].less(mine_near) if key in near else mine_near
     return RealSide(
         cf=cf,
@@ -396,7 +397,7 @@ def _write_pairs(job: AuditJob, near: Nearest, directory: UPath) -> None:
     starts = list(accumulate((reader.count for reader in readers), initial=0))
     columns = []
     for m in order:
-        index = int(near.index[m])
+        index = int(near.place[m])
         place = next(p for p in range(len(readers)) if index < starts[p + 1])
         real = to_unit(readers[place].read([index - starts[place]]))[0]
         columns.append(torch.cat([images[m], real], dim=1))

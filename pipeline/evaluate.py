@@ -307,7 +307,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 str(row["images_per_class"]),
                 str(row["epochs"]),
                 f"{mean:.1f} +- {100 * row['std']:.1f}",
-                "" if half is None else f"{mean - 100 * half:.1f} to {mean + 100 * half:.1f}",
+                ""
+                if half is None
+                else f"{max(0, mean - 100 * half):.1f} to {min(100, mean + 100 * half):.1f}",
                 str(len(row["accuracy"])),
             ]
         )

@@ -444,7 +444,7 @@ class Run:
             workers = self._workers(len(tasks))
             results = run_tasks(tasks, self._results, workers, stage="search-proxy")
             values = iter(result["accuracy"] for result in results)
-            found = {
+            found: dict[str, list[list[float]]] = {
                 name: [[next(values) for _ in range(repeats)] for _ in models] for name in sets
             }
             return {

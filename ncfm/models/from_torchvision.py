@@ -5,6 +5,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ncfm.models.classifier import Classifier
 
@@ -54,22 +55,25 @@ class TorchvisionClassifier(Classifier):
         if channels not in (1, 3):
             raise ValueError(f"{name} takes images of 1 or 3 channels, got {channels}")
         sizes = sorted({max(image_size, SIZES[0]), *SIZES})
-        size = next((s for s in sizes if s >= image_size and _takes(name, s)), None)
-        if size is None:
-            raise ValueError(f"{name} takes images of none of the sizes {sizes}")
-        body = _construct(name, size)
-        super().__init__(nn.Identity(), _take_head(name, body), num_classes)
+        with torch.device("cpu"):  # some of them read their own tensors while they are made
+            found = ((size, _fitting(name, size)) for size in sizes if size >= image_size)
+            size, body = next(((size, net) for size, net in found if net), (0, None))
+            if body is None:
+                raise ValueError(f"{name} takes images of none of the sizes {sizes}")
+            super().__init__(nn.Identity(), _take_head(name, body), num_classes)
         self.body = Enlarged(body, size)
 
 
-def _takes(name: str, size: int) -> bool:
-    """Whether the network runs on images of this size; tried without memory or computation."""
-    with torch.device("meta"):
-        try:
-            _construct(name, size).eval()(torch.empty(1, 3, size, size))
-        except (RuntimeError, ValueError, AssertionError):
-            return False
-    return True
+def _fitting(name: str, size: int) -> nn.Module | None:
+    """A network if it takes images of this size, which is tried without computing anything."""
+    try:
+        network = _construct(name, size).eval()
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        nowhere = {key: tensor.to("meta") for key, tensor in tensors.items()}
+        functional_call(network, nowhere, (torch.empty(1, 3, size, size, device="meta"),))
+    except (RuntimeError, ValueError, AssertionError):
+        return None
+    return network.train()
 
 
 def _construct(name: str, size: int) -> nn.Module:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import parse_command
+from pipeline.config import STAGES, parse_command
 from pipeline.stages import Run
 
 TINY = """
@@ -46,8 +46,9 @@ def run(tmp_path: Path, *arguments: str) -> tuple[Path, dict[str, dict[str, Any]
         )
     )
     run.start()
-    for stage in run.stages().values():
-        stage()
+    stages = run.stages()
+    for name in STAGES:
+        stages[name]()
     directory = Path(str(run.directory))
     return directory, json.loads((directory / "stages.json").read_text())
 

@@ -81,9 +81,9 @@ def test_nearest_over_chunks_is_nearest_of_all() -> None:
     x, many = cloud(7, 0), cloud(50, 1)
     whole = nearest(x, many)
     parts = nearest(x, many[20:], 20).less(nearest(x, many[:20]))
-    assert torch.equal(whole.index, parts.index)
+    assert torch.equal(whole.place, parts.place)
     torch.testing.assert_close(whole.distance, parts.distance)
-    assert torch.equal(nearest(many, many).index, torch.arange(50))
+    assert torch.equal(nearest(many, many).place, torch.arange(50))
 
 
 def test_measures_order_real_mixed_and_noise() -> None:

@@ -412,21 +412,21 @@ def test_group_norm_needs_channels_it_can_divide() -> None:
 def test_torchvision_networks_are_classifiers(name: str) -> None:
     config = ModelConfig(name=name)
     shape = {"num_classes": 7, "channels": 1, "image_size": 16}
-    network = build_model(config, **shape, seed=1)
+    network = build_model(config, **shape, seed=1).eval()
     x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     assert network(x).shape == (3, 7)
-    torch.testing.assert_close(network.eval()(x), network.classifier(network.features(x)))
+    torch.testing.assert_close(network(x), network.classifier(network.features(x)))
     again = build_model(config, **shape, seed=1).eval()
     assert torch.equal(again(x), network(x))
     assert not torch.equal(build_model(config, **shape, seed=2).eval()(x), network(x))
 
 
+@pytest.mark.long
 def test_every_torchvision_classifier_is_built_or_refused_by_name() -> None:
     refused = []
     for name in torchvision_names():
         try:
-            with torch.device("meta"):
-                TorchvisionClassifier(name=name, num_classes=10, channels=3, image_size=32)
+            TorchvisionClassifier(name=name, num_classes=10, channels=3, image_size=32)
         except ValueError as error:
             assert name in str(error)  # noqa: PT017
             refused.append(name)
