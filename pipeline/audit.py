@@ -193,15 +193,20 @@ def measure_sets(job: AuditJob) -> bytes:
     return save_tensors(tensors)
 
 
+def unpack(data: bytes) -> dict[str, Tensor]:
+    """The tensors of safetensors bytes, each in memory of its own: where a tensor lies decides how
+    its sums are rounded.
+    """
+    return {key: value.clone() for key, value in load_tensors(data).items()}
+
+
 class ShardPass:
     """Ray Data's worker: what one shard of real images adds."""
 
-    def __init__(self, job: AuditJob, sets: Any) -> None:
-        import ray
-
+    def __init__(self, job: AuditJob, sets: UPath) -> None:
         self.job, self.extractors = job, Extractors(job)
         self.shards = ShardSet(job.shards, job.shard_manifest)
-        tensors = load_tensors(ray.get(sets))
+        tensors = unpack(sets.read_bytes())
         self.pixels = {key: value for key, value in tensors.items() if key.endswith("/pixels")}
         readers = self.shards.readers("train")
         self.starts = list(accumulate((reader.count for reader in readers), initial=0))
@@ -248,24 +253,26 @@ class RealSide:
     nearest: dict[str, Nearest]  # of each "<set>/<draw>/pixels"
 
 
-def pass_over_shards(job: AuditJob, sets: bytes, workers: Workers) -> RealSide:
-    """One Ray Data pass over all real training images."""
+def pass_over_shards(job: AuditJob, sets: UPath, workers: Workers) -> list[dict[str, Tensor]]:
+    """One Ray Data pass over all real training images; what each shard adds, in their order."""
     import ray
 
-    shards = ShardSet(job.shards, job.shard_manifest)
-    readers = shards.readers("train")
-    dataset = ray.data.from_items([{"shard": place} for place in range(len(readers))])
-    found: dict[int, dict[str, Tensor]] = {}
-    rows = dataset.map_batches(
+    readers = _train_readers(job)
+    rows = ray.data.from_items([{"shard": place} for place in range(len(readers))]).map_batches(
         ShardPass,
-        fn_constructor_kwargs={"job": job, "sets": ray.put(sets)},
+        fn_constructor_kwargs={"job": job, "sets": sets},
         batch_size=1,
-        concurrency=min(workers.count, len(readers)),
+        compute=ray.data.ActorPoolStrategy(size=min(workers.count, len(readers))),
         num_gpus=1 if workers.use_gpu else 0,
     )
-    for row in rows.iter_rows():
-        found[int(row["shard"])] = load_tensors(row["data"])
-    parts = [found[place] for place in range(len(readers))]  # added in this order, always
+    found = {int(row["shard"]): unpack(row["data"]) for row in rows.iter_rows()}
+    return [found[place] for place in range(len(readers))]
+
+
+def real_side(job: AuditJob, parts: Sequence[Mapping[str, Tensor]]) -> RealSide:
+    """The parts of all shards, added up in their order."""
+    shards = ShardSet(job.shards, job.shard_manifest)
+    readers = shards.readers("train")
     count = len(job.extractors)
     zero = torch.zeros((), dtype=torch.float64)
     cf = [[CFSums(zero, zero, zero)] * shards.spec.num_classes for _ in range(count)]
@@ -297,9 +304,19 @@ def audit(job: AuditJob, workers: Workers, *, directory: UPath) -> Manifest:
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0)(measure_sets)
-    raw = ray.get(task.remote(job))
-    sets = load_tensors(raw)
-    real = pass_over_shards(job, raw, workers)
+    path = directory / "sets.safetensors"  # for workers that are started again, too
+    write_atomic(path, ray.get(task.remote(job)))
+    real = real_side(job, pass_over_shards(job, path, workers))
+    content = summarise(job, unpack(path.read_bytes()), real)
+    path.unlink()
+    _write_pairs(job, real.nearest["distilled/0/pixels"], directory)
+    return content
+
+
+def summarise(job: AuditJob, sets: Mapping[str, Tensor], real: RealSide) -> Manifest:
+    """{"rows", "per_class_ncfd", "images", "real_images", "sampled"} from what `measure_sets` found
+    in the sets and the pass in the real images.
+    """
     keys = [key.removesuffix("/pixels") for key in sets if key.endswith("/pixels")]
     values: dict[tuple[str, str, str], list[float]] = {}  # (measure, extractor, set) -> draws
     per_class: dict[str, dict[str, Tensor]] = {}
@@ -320,7 +337,6 @@ def audit(job: AuditJob, workers: Workers, *, directory: UPath) -> Manifest:
         {"pixels": real.pixels, "labels": real.labels}, None
     ).items():
         values[(measure, "", "real")] = [value]
-    _write_pairs(job, real.nearest["distilled/0/pixels"], directory)
     return {
         "rows": [
             _row(measure, extractor, name, drawn)

@@ -420,7 +420,7 @@ class Run:
                 "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
             }
 
-        return self._use("continual", tasks, build, continual_table)
+        return self._use("continual", tasks, build, lambda found: continual_table(found["rows"]))
 
     def search_proxy(self) -> Manifest:
         """Whether each set ranks architectures as the whole set does, into search-proxy.json."""
