@@ -136,7 +136,7 @@ def audit_section(directory: UPath, names: Sequence[str]) -> dict[str, Any] | No
             )
         groups.append((f"By features of {extractor}" if extractor else "By pixels", lines))
     pairs = directory / "audit" / "nearest.png"
-    first = next(iter(content["per_class_ncfd"].values()), {})
+    first: dict[str, list[float]] = next(iter(content["per_class_ncfd"].values()), {})
     shown = {n: v for n, v in first.items() if n in ("distilled", "random", "random_same_factor")}
     complete = all(v is not None and v == v for values in shown.values() for v in values)
     return {

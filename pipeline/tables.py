@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-STAGE_ORDER = ("shard", "pretrain", "tune", "distill", "curate", "evaluate")
-STAGE_ORDER += ("audit", "continual", "search-proxy")
+_MADE, _JUDGED = ("shard", "pretrain", "tune", "distill", "curate"), ("evaluate", "audit")
+STAGE_ORDER = (*_MADE, *_JUDGED, "continual", "search-proxy")
 SET_NAMES = {
     "distilled": "Distilled",
     "distilled_soft": "Distilled, with soft labels",
