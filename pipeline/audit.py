@@ -348,7 +348,7 @@ def summarise(job: AuditJob, sets: Mapping[str, Tensor], real: RealSide) -> Mani
             extractor: {name: value.tolist() for name, value in found.items()}
             for extractor, found in per_class.items()
         },
-        "images": {key.partition("/")[0]: len(sets[f"{key}/labels"]) for key in keys},
+        "images": {key.partition("/")[0]: len(sets[f"{key}/labels"]) for key in sorted(keys)},
         "real_images": sum(reader.count for reader in _train_readers(job)),
         "sampled": len(real.labels),
         "peak_rss_bytes": peak_rss_bytes(),

@@ -77,10 +77,7 @@ def test_the_audit_is_the_same_on_one_and_three_workers(
     job: AuditJob, content: dict, tmp_path: Path
 ) -> None:
     other = audit(job, Workers(3, False), directory=UPath(tmp_path))
-    ignored = {"peak_rss_bytes"}
-    assert json.dumps({k: v for k, v in other.items() if k not in ignored}) == json.dumps(
-        {k: v for k, v in content.items() if k not in ignored}
-    )
+    assert other | {"peak_rss_bytes": 0} == content | {"peak_rss_bytes": 0}  # to the last bit
     assert (tmp_path / "nearest.png").stat().st_size > 100
 
 

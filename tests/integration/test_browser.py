@@ -48,7 +48,8 @@ def test_report_and_comparison_load_in_silence(tmp_path: Path) -> None:
     for page in (report, Path(str(comparison))):
         elements, console = browse(page, tmp_path / "browser")
         assert console == []
-        assert elements.count('svg-container"') == elements.count("data-figure=") > 0
+        drawn = elements.count('class="user-select-none svg-container"')
+        assert drawn == elements.count('data-figure="') > 0
     elements, _ = browse(report, tmp_path / "browser")
     assert "step 10 of 10</output>" in elements  # the slider's script ran
 
