@@ -91,6 +91,9 @@ def neighbourhood(real: Tensor, fake: Tensor, k: int = 5) -> Neighbourhood:
     """Of reals (N, D) and fakes (M, D); a ball reaches to a sample's k-th neighbour in its own set,
     or to the last if there are fewer.
 
+    Density alone can mislead: fakes that all lie in the densest place of the reals exceed 1, and to
+    an extractor that hardly tells images apart even noise may. Read it beside coverage.
+
     Raises ValueError if a set has fewer than two samples.
     """
     if min(len(real), len(fake)) < 2:

@@ -14,6 +14,7 @@ from upath import UPath
 
 from ncfm import SyntheticSet
 from ncfm.images import ImageSpec
+from pipeline.config import UsageError, parse_command
 from pipeline.export import export, folder_names
 
 NAMES = ("cat", "größe: x/y", "tench, 'Tinca' | tinca")
@@ -118,3 +119,11 @@ def test_folders_of_names_that_clash_have_numbers() -> None:
     assert folder_names(["a/b", "a:b"]) == ["0000 a_b", "0001 a_b"]
     assert folder_names(["Cat", "cat"]) == ["0000 Cat", "0001 cat"]
     assert folder_names(["..", "x"]) == ["0000", "0001 x"]
+
+
+@pytest.mark.parametrize("to", ["imagefolder", "webdataset", "parquet"])
+def test_the_format_is_an_option_of_the_command(to: str) -> None:
+    assert parse_command(["export", "--to", to]).config.export.to == to
+    assert parse_command(["export", f"--to={to}"]).config.export.to == to
+    with pytest.raises(UsageError, match=r"--export\.to.*'imagefolder'.*zip"):
+        parse_command(["export", "--to", "zip"])

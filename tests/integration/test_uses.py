@@ -33,17 +33,18 @@ def test_classes_come_once_each_in_an_order_of_the_repeat() -> None:
         moments(10, ContinualConfig(steps=(11,)), seed=0)
 
 
-def test_continual_learning_forgets_nothing_it_keeps(tiny: tuple[Path, Path]) -> None:
+def test_continual_learning_sees_more_classes_at_each_step(tiny: tuple[Path, Path]) -> None:
     folder, directory = copied(tiny, "continual")
-    options = ["--continual.steps", "[2,10]", "--continual.repeats", "1"]
+    options = ["--continual.steps", "[2,5]", "--continual.repeats", "1"]
     stage(folder, directory, "continual", *options)
     rows = json.loads((directory / "continual.json").read_text())["rows"]
     mine = [row for row in rows if row["set"] == "distilled"]
     assert [(row["steps"], row["classes"]) for row in mine] == [
-        (2, 5), (2, 10), *[(10, n) for n in range(1, 11)],
+        (2, 5), (2, 10), (5, 2), (5, 4), (5, 6), (5, 8), (5, 10),
     ]  # fmt: skip
-    single = next(row for row in mine if row["classes"] == 1)
-    assert single["accuracy"] == [1.0]  # one class: nothing else to say
+    # All classes seen: the same networks, whatever the steps before.
+    ends = [row["accuracy"] for row in mine if row["classes"] == 10]
+    assert ends[0] == ends[1]
     assert {row["set"] for row in rows} == {"distilled", "random", "random_same_factor", "herding"}
     assert stage(folder, directory, "continual", *options)["reused"]
     with pytest.raises(UsageError, match=r"continual\.steps 11"):
