@@ -39,6 +39,7 @@ from ncfm.seeding import keyed_generator
 from pipeline.audit_config import AuditConfig
 from pipeline.pretrain import load_member, new_network
 from pipeline.preview import png, to_pixels
+from pipeline.shard import quieten_ray_data
 from pipeline.stage import Manifest, peak_rss_bytes, write_atomic
 from pipeline.stream import ClassStreams, ShardSet
 from pipeline.workers import Workers
@@ -257,6 +258,7 @@ def pass_over_shards(job: AuditJob, sets: UPath, workers: Workers) -> list[dict[
     """One Ray Data pass over all real training images; what each shard adds, in their order."""
     import ray
 
+    quieten_ray_data()
     readers = _train_readers(job)
     rows = ray.data.from_items([{"shard": place} for place in range(len(readers))]).map_batches(
         ShardPass,

@@ -155,7 +155,7 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None or row["value"] is None:
         return NOTHING
     spread = "" if row["std"] is None else f" ± {row['std']:.1g}"
-    return f"{row['value']:.3g}{spread}"
+    return "0" if abs(row["value"]) < 1e-6 else f"{row['value']:.3g}{spread}"
 
 
 def uses_section(directory: UPath) -> list[Chart]:
