@@ -1,11 +1,80 @@
-"""How good a set of images is: the accuracy of a fresh network trained on it."""
+"""How good a set of images is: what a fresh network trained on it does on test images."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-from ncfm.images import ImageSource, ImageSpec
+from ncfm.images import ImageSource, ImageSpec, to_unit
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
-from ncfm.train import TrainConfig, accuracy, train
+from ncfm.train import EpochReport, TrainConfig, accuracy, train
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one network, trained on a set, does on the test images."""
+
+    confusion: Tensor  # (classes, classes) int64: [i, j] images of class i are taken for class j
+    legacy: float | None = None  # best-on-test accuracy in [0, 1], if it was asked for
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy in [0, 1], after the last epoch."""
+        return int(self.confusion.diagonal().sum()) / int(self.confusion.sum())
+
+
+def judge(
+    train_on: ImageSource,
+    test_on: ImageSource,
+    spec: ImageSpec,
+    *,
+    model: ModelConfig,
+    training: TrainConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+    tail: ImageSource | None = None,
+    tail_epochs: int = 0,
+    legacy_every: int = 0,
+) -> Judgement:
+    """Train one fresh network and test it after its last epoch.
+
+    `tail` is what the last `tail_epochs` learn from, if it is not `train_on`. With `legacy_every`
+    the network is also tested after every so many epochs, as the released code does, for the best
+    of these accuracies; its training is the same. Otherwise the test images are looked at once.
+    """
+    network = build_model(
+        model,
+        num_classes=spec.num_classes,
+        channels=spec.channels,
+        image_size=spec.image_size,
+        seed=keyed_seed(seed, "evaluation_network"),
+    )
+    tested: list[float] = []
+
+    def test(report: EpochReport) -> None:
+        last = report.epoch + 1 == training.epochs
+        if legacy_every and (report.epoch + 1) % legacy_every == 0 and not last:
+            tested.append(accuracy(network, test_on, spec, device=device))
+            network.train()
+
+    train(
+        network,
+        train_on,
+        spec,
+        training,
+        seed=seed,
+        device=device,
+        report=test,
+        tail=tail,
+        tail_epochs=tail_epochs,
+    )
+    result = Judgement(confusion_matrix(network, test_on, spec, device=device))
+    if not legacy_every:
+        return result
+    return Judgement(result.confusion, max([*tested, result.accuracy]))
 
 
 def evaluate_once(
@@ -20,24 +89,97 @@ def evaluate_once(
     tail: ImageSource | None = None,
     tail_epochs: int = 0,
 ) -> float:
-    """Train one fresh network and test it once, after its last epoch: accuracy in [0, 1]. Never
-    best-on-test. `tail` is what the last `tail_epochs` learn from, if it is not `train_on`.
-    """
-    network = build_model(
-        model,
-        num_classes=spec.num_classes,
-        channels=spec.channels,
-        image_size=spec.image_size,
-        seed=keyed_seed(seed, "evaluation_network"),
-    )
-    train(
-        network,
+    """The accuracy in [0, 1] of `judge`: of the last epoch, never best-on-test."""
+    return judge(
         train_on,
+        test_on,
         spec,
-        training,
+        model=model,
+        training=training,
         seed=seed,
         device=device,
         tail=tail,
         tail_epochs=tail_epochs,
+    ).accuracy
+
+
+@torch.no_grad()
+def confusion_matrix(
+    model: nn.Module,
+    data: ImageSource,
+    spec: ImageSpec,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """(classes, classes) int64: [i, j] images of class i that a model in eval mode takes for j."""
+    model.to(device).eval()
+    classes = spec.num_classes
+    counts = torch.zeros(classes * classes, dtype=torch.long)
+    for images, labels in data.epoch(batch_size, None):
+        said = model(spec.normalize(to_unit(images.to(device)))).argmax(1).cpu()
+        counts += torch.bincount(labels.cpu() * classes + said, minlength=classes * classes)
+    return counts.view(classes, classes)
+
+
+def confidence_interval(values: Sequence[float], level: float = 0.95) -> float | None:
+    """Half the width of Student's confidence interval of the mean; None for fewer than two values.
+
+    It speaks of the evaluation's randomness alone: of other networks and, for sets that are drawn
+    anew in every run, of other draws.
+    """
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit
+
+    sample = torch.tensor(values, dtype=torch.float64)
+    quantile = float(stdtrit(len(values) - 1, (1 + level) / 2))
+    return quantile * float(sample.std()) / math.sqrt(len(values))
+
+
+def repeats_needed(std: float, difference: float) -> int:
+    """Runs of each of two sets for a true difference of their means to be found, at the 5 % level
+    and with 80 % power, if both have this standard deviation: 2 (1.96 + 0.84)^2 (std /
+    difference)^2, rounded up.
+    """
+    if not difference > 0:
+        raise ValueError(f"difference must be positive, got {difference}")
+    return max(2, math.ceil(2 * (1.959964 + 0.841621) ** 2 * (std / difference) ** 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingMeasures:
+    """Measures from the definitions of DD-Ranking (Li et al., arXiv 2505.13300), computed by us
+    from our accuracies: not comparable with its leaderboard, whose training differs.
+    """
+
+    hard_label_recovery: float
+    """Accuracy on the whole real set minus that on the synthetic set with hard labels: what is
+    lost. Lower is better."""
+    improvement_over_random: float
+    """Accuracy on the synthetic set minus that on random images of the same number that are trained
+    on in the same way, soft labels included."""
+    label_robust_score: float
+    """(e^a - 1/e) / (e - 1/e) in [0, 1], a = w improvement - (1 - w) recovery, w = 0.5."""
+
+
+def ranking_measures(
+    *, whole: float, hard: float, as_used: float, random: float, weight: float = 0.5
+) -> RankingMeasures:
+    """DD-Ranking's measures from four accuracies in [0, 1].
+
+    Args:
+        whole: trained on the whole real set.
+        hard: on the synthetic set with hard labels.
+        as_used: on the synthetic set as its method uses it (with soft labels, if it has some).
+        random: on random images, used in that same way.
+        weight: w, of the improvement over random.
+    """
+    recovery, improvement = whole - hard, as_used - random
+    alpha = weight * improvement - (1 - weight) * recovery
+    score = (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+    return RankingMeasures(
+        hard_label_recovery=recovery,
+        improvement_over_random=improvement,
+        label_robust_score=score,
     )
-    return accuracy(network, test_on, spec, device=device)

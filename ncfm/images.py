@@ -87,3 +87,26 @@ class InMemoryImages:
         )
         for index in order.to(self.images.device).split(batch_size):
             yield self.images[index], self.labels[index]
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """An ImageSource of some classes of another: label classes[i] becomes i.
+
+    The source must hold images of these classes alone; labels are class indices (N,).
+    """
+
+    source: ImageSource
+    classes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def epoch(
+        self, batch_size: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ImageSource.epoch."""
+        table = torch.full((max(self.classes) + 1,), -1)
+        table[torch.tensor(self.classes)] = torch.arange(len(self.classes))
+        for images, labels in self.source.epoch(batch_size, generator):
+            yield images, table.to(labels.device)[labels]

@@ -17,6 +17,7 @@ from ncfm.formation import decode, encode
 from ncfm.images import ImageSpec, to_unit
 
 FORMAT, VERSION = "ncfm-synthetic", 1
+REQUIRED = ("factor", "channels", "image_size", "mean", "std", "class_names", "sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +157,19 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
     path = UPath(directory)
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"no synthetic set at {path}: it has no manifest.json")
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'manifest.json'} is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path / 'manifest.json'} is not the manifest of a synthetic set")
     if manifest.get("format") != FORMAT or manifest.get("version", 0) > VERSION:
         found = f"{manifest.get('format')!r} version {manifest.get('version')}"
         raise ValueError(
             f"{path} holds {found}; this version reads {FORMAT!r} up to version {VERSION}"
         )
+    if missing := [key for key in REQUIRED if key not in manifest]:
+        raise ValueError(f"{path / 'manifest.json'} lacks {', '.join(missing)}")
     data = (path / "synthetic.safetensors").read_bytes()
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]["synthetic.safetensors"]:
         raise ValueError(
@@ -169,6 +177,8 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
             "damaged or replaced"
         )
     tensors = load(data)
+    if absent := {"images", "labels"} - tensors.keys():
+        raise ValueError(f"{path / 'synthetic.safetensors'} lacks {', '.join(sorted(absent))}")
     spec = ImageSpec(
         channels=manifest["channels"],
         image_size=manifest["image_size"],
@@ -181,6 +191,6 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
         tensors["labels"],
         manifest["factor"],
         spec,
-        manifest["provenance"],
+        manifest.get("provenance", {}),
         tensors.get("soft_labels"),
     )

@@ -33,7 +33,10 @@ _DISTILL = {
     ),
     "distill/images_per_s": ("Throughput", "Real images per second, all workers together."),
 }
-_NO_CHART = {"distill/step_s"}  # the throughput says the same
+_NO_CHART = {
+    "distill/step_s",  # the throughput says the same
+    "distill/bytes_per_step",  # the same at every step
+}
 
 
 @dataclass(frozen=True, kw_only=True)

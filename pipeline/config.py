@@ -2,6 +2,7 @@
 them.
 """
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -19,11 +20,17 @@ from ncfm.frequencies import FrequencyConfig
 from ncfm.models import ModelConfig
 from ncfm.synthetic import SyntheticConfig
 from ncfm.train import TrainConfig
+from pipeline.audit_config import AuditConfig
+from pipeline.continual import ContinualConfig
+from pipeline.export_config import ExportConfig
+from pipeline.protocols import EvaluateConfig, settings
+from pipeline.search_proxy import SearchProxyConfig
 from pipeline.shard import ShardConfig
 from pipeline.sources import SourceConfig
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
+EXTRA_STAGES = ("audit", "continual", "search-proxy", "export")  # run when they are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,36 +49,6 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.networks < 1:
             raise ValueError(f"networks must be at least 1, got {self.networks}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """How sets of images are judged."""
-
-    repeats: int = 10
-    """Fresh networks per set (paper: 10; 3 for the ImageNet subsets)."""
-    herding: bool = True
-    """Whether herding, real images chosen by the pool's features, is one of the sets."""
-    training: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            epochs=2000,
-            optimizer="adamw",
-            lr=1e-3,
-            weight_decay=0.01,  # AdamW's own default, which the released code leaves as it is
-            cutmix_prob=0.5,
-            milestones=(0.2, 0.4, 0.6, 0.8),
-            gamma=0.5,
-            augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
-        )
-    )
-    """Training on a small set; the defaults are the released code's."""
-    whole_epochs: int = 60
-    """Epochs on the whole training set."""
-
-    def __post_init__(self) -> None:
-        for name in ("repeats", "whole_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +130,10 @@ class RunConfig:
     curate: CurateConfig = field(default_factory=CurateConfig)
     """Soft labels, evaluated as a set of their own."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    continual: ContinualConfig = field(default_factory=ContinualConfig)
+    search_proxy: SearchProxyConfig = field(default_factory=SearchProxyConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -212,10 +193,14 @@ def parse_command(argv: Sequence[str]) -> Command:
     options = list(argv)
     if options and not options[0].startswith("-"):
         stages = (options.pop(0),)
-        if stages[0] not in STAGES:
-            raise UsageError(f"no stage {stages[0]!r}; the stages are {', '.join(STAGES)}")
+        if stages[0] not in STAGES + EXTRA_STAGES:
+            known = ", ".join(STAGES + EXTRA_STAGES)
+            raise UsageError(f"no stage {stages[0]!r}; the stages are {known}, and compare")
+        if stages[0] == "export":
+            options = [re.sub(r"^--to(?==|$)", "--export.to", option) for option in options]
     preset = _preset_of(options)
     parser = _parser([] if preset else [PRESETS / "builtin.toml"])
+    options = _with_protocol(parser, options)
     namespace = parser.parse_args(options)
     if namespace.name is None:
         namespace.name = Path(preset).stem if preset else namespace.source.kind
@@ -225,12 +210,37 @@ def parse_command(argv: Sequence[str]) -> Command:
     return Command(stages, config, parser.dump(settings, skip_none=True))
 
 
+def _with_protocol(parser: ArgumentParser, options: list[str]) -> list[str]:
+    """What the named evaluation protocol sets: as defaults if the preset names it, else as options
+    before those of the command line.
+    """
+    flag, named = "--evaluate.protocol", None
+    for option, value in zip(options, [*options[1:], ""], strict=False):
+        if option == flag or option.startswith(f"{flag}="):
+            named = option.partition("=")[2] or value
+    if named is None:
+        parser.set_defaults(settings(parser.parse_args(options).evaluate.protocol))
+        return options
+    try:
+        wanted = settings(named)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error
+    first = next((i for i, o in enumerate(options) if o == "--config"), -2) + 2
+    first = max(first, sum(option.startswith("--config=") for option in options[:1]))
+    given = [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in wanted.items()
+    ]
+    return [*options[:first], *given, *options[first:]]
+
+
 def _parser(defaults: list[Path]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
         prog="pipeline/run.py",
         usage="python pipeline/run.py [STAGE] [--config PRESET.toml] [--key.sub VALUE ...]",
-        description=f"STAGE is one of {', '.join(STAGES)}; without one, all of them run in order.",
+        description=f"STAGE is one of {', '.join(STAGES)}; without one, all of them run in order. "
+        f"Others run when they are named: {', '.join(EXTRA_STAGES)}, and compare RUN RUN ...",
         parser_mode="toml",
         default_config_files=list(map(str, defaults)),
     )

@@ -10,8 +10,8 @@ from upath import UPath
 from ncfm import load
 from ncfm.curation import CurateConfig
 from ncfm.curation import curate as add_soft_labels
+from ncfm.images import ImageSpec
 from ncfm.models import Classifier, ModelConfig
-from ncfm.synthetic import SyntheticSet
 from pipeline.pretrain import load_member, new_network
 from pipeline.stage import Manifest, peak_rss_bytes
 from pipeline.workers import Workers
@@ -32,16 +32,22 @@ class CurateJob:
         """Write the set with soft labels; runs inside a Ray task."""
         synthetic = load(self.distilled)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        made = add_soft_labels(synthetic, self._teachers(synthetic), self.config, device=device)
+        count = min(self.config.networks, self.networks)
+        teachers = pool_networks(self.pool, count, self.model, synthetic.spec)
+        made = add_soft_labels(synthetic, teachers, self.config, device=device)
         provenance = {**synthetic.provenance, "curation": dataclasses.asdict(self.config)}
         dataclasses.replace(made, provenance=provenance).save(self.curated)
         return {"peak_rss_bytes": peak_rss_bytes()}
 
-    def _teachers(self, synthetic: SyntheticSet) -> Iterator[Classifier]:
-        network = new_network(self.model, synthetic.spec, seed=0)  # its weights are the pool's
-        for member in range(min(self.config.networks, self.networks)):
-            network.load_state_dict(load_member(self.pool, member)[1])
-            yield network
+
+def pool_networks(
+    pool: UPath, count: int, model: ModelConfig, spec: ImageSpec
+) -> Iterator[Classifier]:
+    """The first networks of a pool, trained, one after the other in the same module."""
+    network = new_network(model, spec, seed=0)  # its weights are the pool's
+    for member in range(count):
+        network.load_state_dict(load_member(pool, member)[1])
+        yield network
 
 
 def curate(job: CurateJob, workers: Workers) -> Manifest:

@@ -28,6 +28,7 @@ from pipeline.config import RuntimeConfig, StreamConfig
 from pipeline.health import fatal_error, record_fatal, stragglers
 from pipeline.pretrain import load_members, new_network
 from pipeline.progress import Progress, append_rows, read_rows
+from pipeline.snapshots import snapshot_steps, write_snapshot
 from pipeline.stage import Manifest, peak_rss_bytes
 from pipeline.stream import ClassStreams, ShardSet
 from pipeline.workers import current_context
@@ -54,6 +55,11 @@ class DistillJob:
     runtime: RuntimeConfig
     ipc: int
     seed: int
+
+    @property
+    def snapshots(self) -> UPath:
+        """Where pictures of the images at some steps are kept."""
+        return self.metrics.parent / "snapshots" / self.checkpoints.name
 
     def costs(self) -> list[ClassCost]:
         """What each class costs in a step."""
@@ -158,12 +164,17 @@ class Loop:
             kept = [row for row in read_rows(job.metrics) if row.get("step", 0) <= distiller.step]
             append_rows(job.metrics, kept, fresh=True)
         self.saved_at = time.monotonic()
+        shown = snapshot_steps(job.distill.num_steps)
+        if distiller.step == 0:
+            self._snapshot()
         self._start_interval()
         while distiller.step < job.distill.num_steps:
             size, step = job.distill.real_batch, distiller.step
             real = {c: self.streams.batch(c, step, size) for c in distiller.images}
             for name, value in distiller.update(real).items():
                 self.sums[name] = self.sums.get(name, 0) + value
+            if distiller.step in shown:
+                self._snapshot()
             if (
                 distiller.step == job.distill.num_steps
                 or distiller.step % job.runtime.log_every == 0
@@ -201,6 +212,11 @@ class Loop:
             if last:
                 self.writer.wait()
         self._start_interval()
+
+    def _snapshot(self) -> None:
+        """Small pictures of the classes as they are now, for the report."""
+        if self.context.rank == self.group.ranks[0]:
+            write_snapshot(self.job.snapshots, self.distiller.step, self.distiller.images)
 
     def _is_last(self) -> bool:
         return self.distiller.step == self.job.distill.num_steps

@@ -5,34 +5,49 @@ One task is one network. Its result is a small file in the cache, so that a reru
 or another run that needs the same baseline, trains only what nobody has trained yet.
 """
 
+import dataclasses
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from upath import UPath
 
 from ncfm import load
 from ncfm.baselines import herding_set, random_set
-from ncfm.evaluate import evaluate_once
-from ncfm.images import ImageSource, InMemoryImages
+from ncfm.curation import CurateConfig, soft_labels
+from ncfm.evaluate import confidence_interval, judge, ranking_measures
+from ncfm.images import ImageSource, InMemoryImages, Relabelled
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
+from pipeline.curate import pool_networks
 from pipeline.pretrain import load_member, new_network
 from pipeline.progress import Progress
 from pipeline.stage import Manifest, fingerprint, peak_rss_bytes, read_json, write_atomic
 from pipeline.stream import ClassStreams, ShardSet, StreamedImages
 from pipeline.workers import Workers
 
-SetName = Literal["distilled", "distilled_soft", "random", "random_same_factor", "herding", "whole"]
+SetName = Literal[
+    "distilled",
+    "distilled_soft",
+    "random",
+    "random_soft",
+    "random_same_factor",
+    "herding",
+    "whole",
+]
+
+CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationTask:
-    """One fresh network on one set."""
+    """One fresh network on one set, or on some of its classes."""
 
     set: SetName
     repeat: int
@@ -41,41 +56,71 @@ class EvaluationTask:
     shard_manifest: Manifest
     distilled: UPath  # with soft labels for the set distilled_soft
     pool: UPath
+    pool_model: ModelConfig
     networks: int
+    curate: CurateConfig
     model: ModelConfig
     training: TrainConfig
-    hard_epochs: int  # of distilled_soft: so many last epochs learn from its hard labels
+    hard_epochs: int  # of sets with soft labels: so many last epochs learn from the hard ones
+    legacy_every: int = 0
+    classes: tuple[int, ...] | None = None  # learned and tested on these, as 0, 1, ...; None: all
     ipc: int
     factor: int
     memory_budget: int
     seed: int
 
+    @property
+    def is_soft(self) -> bool:
+        """Whether the network learns from soft labels."""
+        return self.set in ("distilled_soft", "random_soft")
+
     def result_path(self, cache: UPath) -> UPath:
-        """Where the accuracy of exactly this network is kept."""
-        parts = [self.set, self.repeat, self.identity, self.model, self.training, self.seed]
-        key = fingerprint(*parts, *([self.hard_epochs] if self.set == "distilled_soft" else []))
-        return cache / f"{key}.json"
+        """Where the result of exactly this network is kept."""
+        parts: list[object] = [self.set, self.repeat, self.identity]
+        parts += [self.model, self.training, self.seed]
+        if self.is_soft:
+            parts.append(self.hard_epochs)
+        if self.legacy_every:
+            parts.append(f"legacy {self.legacy_every}")
+        if self.classes is not None:
+            parts.append(list(self.classes))
+        return cache / f"{fingerprint(*parts)}.json"
 
     def training_set(self, shards: ShardSet) -> ImageSource:
-        """The images that the network learns from."""
+        """The images that the network learns from, labels as in the whole set."""
+        classes = self.classes or tuple(range(shards.spec.num_classes))
         if self.set == "whole":
-            return StreamedImages(shards, "train", self.memory_budget)
+            return StreamedImages(shards, "train", self.memory_budget, classes=classes)
         if self.set in ("distilled", "distilled_soft"):
             synthetic = load(self.distilled)
-            decoded, labels = synthetic.decode()
-            soft = synthetic.soft_labels if self.set == "distilled_soft" else None
-            return InMemoryImages(decoded, labels if soft is None else soft)
-        classes = range(shards.spec.num_classes)
+            images, labels = synthetic.decode()
+            if self.set == "distilled_soft":
+                assert synthetic.soft_labels is not None
+                return InMemoryImages(images, synthetic.soft_labels)
+            mine = torch.isin(labels, torch.tensor(classes))
+            return InMemoryImages(images[mine], labels[mine])
         if self.set == "herding":
             return self._herding(shards, classes)
-        factor = 1 if self.set == "random" else self.factor
-        # Another draw of real images in every repeat: the spread of the baseline is that of its
-        # choice, too.
+        made = self.random_images(shards, classes)
+        images, labels = made.decode()
+        if self.set == "random_soft":
+            networks = min(self.curate.networks, self.networks)
+            teachers = pool_networks(self.pool, networks, self.pool_model, shards.spec)
+            return InMemoryImages(
+                images, soft_labels(made, teachers, self.curate, device=_device())
+            )
+        return InMemoryImages(images, labels)
+
+    def random_images(self, shards: ShardSet, classes: Sequence[int]) -> SyntheticSet:
+        """Random real images, stored as the synthetic ones are. Another draw in every repeat: the
+        spread of the baseline is that of its choice, too.
+        """
+        factor = self.factor if self.set == "random_same_factor" else 1
         streams = ClassStreams(shards, classes, self.memory_budget, self.seed)
-        needed = self.ipc * factor**2
+        purpose = "random" if self.set == "random_soft" else self.set
         images = [
             random_set(
-                streams.batch(c, self.repeat, needed, purpose=self.set),
+                streams.batch(c, self.repeat, self.ipc * factor**2, purpose=purpose),
                 self.ipc,
                 seed=self.seed,
                 class_index=c,
@@ -83,14 +128,12 @@ class EvaluationTask:
             )
             for c in classes
         ]
-        labels = torch.arange(len(images)).repeat_interleave(self.ipc)
-        return InMemoryImages(
-            *SyntheticSet(torch.cat(images), labels, factor, shards.spec).decode()
-        )
+        labels = torch.tensor(classes).repeat_interleave(self.ipc)
+        return SyntheticSet(torch.cat(images), labels, factor, shards.spec)
 
-    def _herding(self, shards: ShardSet, classes: range) -> ImageSource:
+    def _herding(self, shards: ShardSet, classes: Sequence[int]) -> ImageSource:
         """Real images that herding chooses; each repeat by the features of another network."""
-        network = new_network(self.model, shards.spec, seed=0)  # its weights are the pool's
+        network = new_network(self.pool_model, shards.spec, seed=0)  # its weights are the pool's
         _, trained = load_member(self.pool, self.repeat % self.networks)
         network.load_state_dict(trained)
         chosen = [
@@ -108,80 +151,178 @@ class EvaluationTask:
     def run(self) -> dict[str, Any]:
         """Train and test; runs inside a Ray task."""
         shards = ShardSet(self.shards, self.shard_manifest)
-        soft = self.set == "distilled_soft"
-        value = evaluate_once(
-            self.training_set(shards),
-            StreamedImages(shards, "val", self.memory_budget),
-            shards.spec,
+        spec, train_on = shards.spec, self.training_set(shards)
+        test_on: ImageSource = StreamedImages(
+            shards, "val", self.memory_budget, classes=self.classes
+        )
+        if self.classes is not None:
+            spec = dataclasses.replace(
+                spec, class_names=tuple(spec.class_names[c] for c in self.classes)
+            )
+            train_on, test_on = (Relabelled(s, self.classes) for s in (train_on, test_on))
+        tail = dataclasses.replace(self, set=_HARD[self.set]) if self.is_soft else None
+        judged = judge(
+            train_on,
+            test_on,
+            spec,
             model=self.model,
             training=self.training,
             seed=keyed_seed(self.seed, "evaluate", self.repeat),
             device=_device(),
-            tail=InMemoryImages(*load(self.distilled).decode()) if soft else None,
+            tail=tail.training_set(shards) if tail else None,
             tail_epochs=self.hard_epochs,
+            legacy_every=self.legacy_every,
         )
-        return {"accuracy": value, "peak_rss_bytes": peak_rss_bytes()}
+        return {
+            "accuracy": judged.accuracy,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "per_class": _per_class(judged.confusion),
+            "confusion": judged.confusion.tolist()
+            if spec.num_classes <= CONFUSION_CLASSES
+            else None,
+            "legacy": judged.legacy,
+        }
+
+
+_HARD: dict[SetName, SetName] = {"distilled_soft": "distilled", "random_soft": "random"}
+
+
+def _per_class(confusion: Tensor) -> list[float]:
+    """Accuracy of each class; 0 for one without test images."""
+    counts = confusion.sum(1).clamp_min(1)
+    found: list[float] = (confusion.diagonal() / counts).tolist()
+    return found
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def evaluate(tasks: list[EvaluationTask], cache: UPath, workers: Workers) -> Manifest:
-    """Run the tasks that have no result yet; returns {"rows": [...]}, one row a set, in the order
-    of the tasks.
+def evaluate(tasks: Sequence[EvaluationTask], cache: UPath, workers: Workers) -> Manifest:
+    """Run the tasks that have no result yet; returns {"rows": [...], "measures": [...]}, one row
+    for each set and network, in the order of the tasks.
+    """
+    results = run_tasks(tasks, cache, workers, stage="evaluate")
+    groups: dict[tuple[str, str], list[tuple[EvaluationTask, dict[str, Any]]]] = {}
+    for task, result in zip(tasks, results, strict=True):
+        groups.setdefault((task.set, task.model.name), []).append((task, result))
+    rows = [_row([task for task, _ in g], [result for _, result in g]) for g in groups.values()]
+    return {
+        "rows": rows,
+        "measures": measures(rows),
+        "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+    }
+
+
+def run_tasks(
+    tasks: Sequence[EvaluationTask], cache: UPath, workers: Workers, *, stage: str
+) -> list[dict[str, Any]]:
+    """The results of the tasks, in their order: from the cache, or else by Ray tasks, as many at a
+    time as there are workers. A result is the same whatever runs beside it.
     """
     import ray
 
     cache.mkdir(parents=True, exist_ok=True)
-    missing = [task for task in tasks if not task.result_path(cache).exists()]
+    paths = [task.result_path(cache) for task in tasks]
+    waiting = {
+        path: task for path, task in zip(paths, tasks, strict=True) if not path.exists()
+    }  # each once, though two rows may need it
     remote = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0, max_retries=3)(
         EvaluationTask.run
     )
-    pending = {remote.remote(task): task for task in missing}
-    progress = Progress("evaluate", len(pending), unit="networks")
-    while pending:
+    pending: dict[Any, UPath] = {}
+    progress, total, todo = Progress(stage, len(waiting), unit="networks"), len(waiting), [*waiting]
+    while todo or pending:
+        while todo and len(pending) < workers.count:
+            path = todo.pop(0)
+            pending[remote.remote(waiting[path])] = path
         ready, _ = ray.wait(list(pending))
-        task = pending.pop(ready[0])
+        path = pending.pop(ready[0])
         result = ray.get(ready[0])
-        write_atomic(task.result_path(cache), json.dumps(result))
-        progress.update(len(missing) - len(pending), **{task.set: result["accuracy"]})
-    results = [(task, read_json(task.result_path(cache))) for task in tasks]
-    rows = []
-    for name in dict.fromkeys(task.set for task in tasks):
-        mine = [(task, result["accuracy"]) for task, result in results if task.set == name]
-        task, values = mine[0][0], [value for _, value in mine]
-        rows.append(
-            {
-                "set": name,
-                "network": task.model.name,
-                "images_per_class": task.ipc,
-                "accuracy": values,
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "epochs": task.training.epochs,
-            }
-        )
-    return {"rows": rows, "peak_rss_bytes": max(result["peak_rss_bytes"] for _, result in results)}
+        write_atomic(path, json.dumps(result))
+        progress.update(total - len(todo) - len(pending), **{waiting[path].set: result["accuracy"]})
+    return [read_json(path) for path in paths]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row of evaluation.json."""
+    task, values = tasks[0], [result["accuracy"] for result in results]
+    row: dict[str, Any] = {
+        "set": task.set,
+        "network": task.model.name,
+        "images_per_class": task.ipc,
+        "accuracy": values,
+        "mean": statistics.fmean(values),
+        "std": _std(values),
+        "epochs": task.training.epochs,
+        "ci95": confidence_interval(values),
+        "per_class": torch.tensor([r["per_class"] for r in results]).double().mean(0).tolist(),
+    }
+    if all(result["confusion"] is not None for result in results):
+        row["confusion"] = torch.tensor([r["confusion"] for r in results]).sum(0).tolist()
+    if task.legacy_every:
+        legacy = [result["legacy"] for result in results]
+        row |= {
+            "legacy": legacy,
+            "legacy_mean": statistics.fmean(legacy),
+            "legacy_std": _std(legacy),
+        }
+    return row
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """DD-Ranking's measures, for every network whose rows they need are there: {"set", "network",
+    and the fields of RankingMeasures}.
+    """
+    found = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        mean = {row["set"]: row["mean"] for row in rows if row["network"] == network}
+        for used, random in (("distilled", "random"), ("distilled_soft", "random_soft")):
+            if {"whole", "distilled", used, random} <= mean.keys():
+                values = ranking_measures(
+                    whole=mean["whole"],
+                    hard=mean["distilled"],
+                    as_used=mean[used],
+                    random=mean[random],
+                )
+                found.append({"set": used, "network": network, **dataclasses.asdict(values)})
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text, accuracies in percent."""
-    lines = [("set", "network", "images/class", "epochs", "accuracy %", "runs")]
+    legacy = any("legacy" in row for row in rows)
+    header = ["set", "network", "images/class", "epochs", "accuracy %", "95 % interval", "runs"]
+    lines = [[*header, *(["legacy (best on test) %"] if legacy else [])]]
     for row in rows:
-        value = f"{100 * row['mean']:.1f} +- {100 * row['std']:.1f}"
-        numbers = (
-            str(row["images_per_class"]),
-            str(row["epochs"]),
-            value,
-            str(len(row["accuracy"])),
+        mean, half = 100 * row["mean"], row.get("ci95")
+        lines.append(
+            [
+                row["set"],
+                row["network"],
+                str(row["images_per_class"]),
+                str(row["epochs"]),
+                f"{mean:.1f} +- {100 * row['std']:.1f}",
+                ""
+                if half is None
+                else f"{max(0, mean - 100 * half):.1f} to {min(100, mean + 100 * half):.1f}",
+                str(len(row["accuracy"])),
+            ]
         )
-        lines.append((row["set"], row["network"], *numbers))
+        if legacy and "legacy" in row:
+            best = f"{100 * row['legacy_mean']:.1f} +- {100 * row['legacy_std']:.1f}"
+            lines[-1].append(best)
+        elif legacy:
+            lines[-1].append("")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+        ).rstrip()
         for line in lines
     )

@@ -16,8 +16,9 @@ from ncfm import load
 from pipeline.charts import accuracy_chart, distillation_charts, pretraining_chart
 from pipeline.gallery import data_uri, gallery
 from pipeline.progress import read_rows
+from pipeline.sections import audit_section, class_section, steps_section, uses_section
 from pipeline.stage import read_json, write_atomic
-from pipeline.tables import duration, evaluation_rows, headline, stage_rows
+from pipeline.tables import SET_NAMES, duration, evaluation_rows, headline, stage_rows
 
 
 def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:
@@ -32,17 +33,21 @@ def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:
         ValueError: a synthetic set is damaged.
     """
     path = run_directory / "report.html"
-    page = _template().render(_content(run_directory, now or datetime.now(UTC)))
+    page = template("report.html.j2").render(_content(run_directory, now or datetime.now(UTC)))
     write_atomic(path, page)
     return path
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this folder; what is put into it is escaped."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def _content(directory: UPath, now: datetime) -> dict[str, Any]:
@@ -66,8 +71,14 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
     rows = read_rows(directory / "metrics.jsonl")
     curves = distillation_charts([row for row in rows if row.get("stage") == "distill"])
     pretraining = pretraining_chart([row for row in rows if row.get("stage") == "pretrain"])
-    evaluation = evaluation_rows((read_json(directory / "evaluation.json") or {}).get("rows", []))
-    stages = stage_rows(read_json(directory / "stages.json") or {})
+    judged = read_json(directory / "evaluation.json") or {}
+    evaluation = evaluation_rows(judged.get("rows", []))
+    stage_entries = read_json(directory / "stages.json") or {}
+    stages = stage_rows(stage_entries)
+    shown = gallery(initial, distilled)
+    steps = steps_section(directory, stage_entries, distilled)
+    uses = uses_section(directory)
+    audit = audit_section(directory, distilled.class_names)
     manifest = read_json(directory / "distilled" / "manifest.json")
     wanted = [
         (initial, "the images before distillation (initial/)", "distill"),
@@ -79,7 +90,19 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
     return {
         "name": name,
         "missing": [(what, command(stage)) for found, what, stage in wanted if not found],
-        "gallery": gallery(initial, distilled),
+        "gallery": shown,
+        "steps": steps,
+        "has_steps": steps is not None,
+        "classes": class_section(judged.get("rows", []), shown),
+        "audit": audit,
+        "uses": uses,
+        "has_interval": any(row.interval for row in evaluation),
+        "has_legacy": any(row.legacy is not None for row in evaluation),
+        "protocol": _protocol(judged),
+        "measures": [
+            {**row, "label": SET_NAMES.get(row["set"], row["set"])}
+            for row in judged.get("measures", [])
+        ],
         "set": distilled,
         "images_per_class": manifest["images_per_class"],
         "headline": headline(evaluation),
@@ -94,8 +117,16 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         "config_uri": data_uri("text/plain", config_toml.encode()),
         "reproduce": _reproduce(distilled.provenance, name),
         "provenance": _provenance(distilled.provenance, manifest["sha256"], now),
-        "plotly_js": get_plotlyjs(),
+        "plotly_js": get_plotlyjs() if curves or pretraining or evaluation or uses or audit else "",
     }
+
+
+def _protocol(judged: Mapping[str, Any]) -> str:
+    """The evaluation protocol in words, with what was changed of it."""
+    if "protocol" not in judged:
+        return ""
+    changed = [name.removeprefix("evaluate.") for name in judged.get("changes", [])]
+    return str(judged["protocol"]) + (f", but for {', '.join(changed)}" if changed else "")
 
 
 # ------------------------------------------------------------------ configuration and provenance

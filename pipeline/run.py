@@ -11,6 +11,11 @@ from pipeline.stage import StageError
 def main() -> None:
     """Run the stages that the command line asks for."""
     try:
+        if sys.argv[1:2] == ["compare"]:
+            from pipeline.compare import compare_command
+
+            print(compare_command(sys.argv[2:]))  # noqa: T201
+            return
         command = parse_command(sys.argv[1:])
         from pipeline.stages import (
             Run,

@@ -75,7 +75,7 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
     directory = directory.absolute()  # the tasks run elsewhere
     for split in SPLITS:
         (directory / split).mkdir(parents=True, exist_ok=True)
-    _quieten_ray_data()
+    quieten_ray_data()
     rows = [{"task": pickle.dumps(task)} for task in tasks]
     total = sum(len(task.samples) for task in tasks)
     bad = [{"key": key, "reason": reason} for key, reason in source.rejected]
@@ -116,7 +116,7 @@ def _stop_if_too_many(bad: Sequence[dict[str, str]], total: int, max_bad: float)
     )
 
 
-def _quieten_ray_data() -> None:
+def quieten_ray_data() -> None:
     """Leave the progress to us. Ray Data's log file still has everything, the console warnings."""
     from ray.data import DataContext
 

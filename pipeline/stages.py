@@ -4,18 +4,26 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from upath import UPath
 
+from ncfm import load
+from ncfm.models import ModelConfig, build_model
+from ncfm.seeding import keyed_seed
+from pipeline.audit import AuditJob, audit, audit_table
 from pipeline.config import Command, RunConfig, UsageError
+from pipeline.continual import continual_rows, continual_table, moments
 from pipeline.curate import CurateJob, curate
 from pipeline.distill import DistillJob, distill
-from pipeline.evaluate import EvaluationTask, SetName, evaluate, table
+from pipeline.evaluate import EvaluationTask, SetName, evaluate, run_tasks, table
 from pipeline.pretrain import PretrainJob, pretrain
 from pipeline.progress import append_rows, read_rows
+from pipeline.protocols import changes
+from pipeline.search_proxy import proxy_content, proxy_table
 from pipeline.shard import shard, shard_identity
 from pipeline.sources import Source, open_source
 from pipeline.stage import (
@@ -42,13 +50,17 @@ class Run:
         self.source: Source = open_source(self.config.source)
 
     def stages(self) -> dict[str, Callable[[], Manifest]]:
-        """The stages by name, in order."""
+        """The stages by name, in order; the last ones run only when they are named."""
         return {
             "shard": lambda: self.shards,
             "pretrain": lambda: self.pool,
             "distill": lambda: self.distilled,
             "evaluate": self.evaluate,
             "report": self.report,
+            "audit": self.audit,
+            "continual": self.continual,
+            "search-proxy": self.search_proxy,
+            "export": self.export,
         }
 
     def start(self) -> None:
@@ -214,29 +226,69 @@ class Run:
     # ------------------------------------------------------------------ evaluate
 
     def evaluate(self) -> Manifest:
-        """Accuracies of the distilled set and of its baselines."""
+        """Accuracies of the distilled set and of its baselines, for every network."""
         cfg = self.config
         sets: list[SetName] = ["distilled", "random", "random_same_factor", "herding", "whole"]
         if not cfg.evaluate.herding:
             sets.remove("herding")
         if cfg.curate.soft_labels:
-            sets.insert(1, "distilled_soft")
+            sets[1:2] = ["distilled_soft", "random", "random_soft"]
+        models = [self._model(name) for name in cfg.evaluate.networks] or [cfg.model]
+        for model in models:
+            self._check_model(model)
         tasks = [
-            self._task(name, repeat) for name in sets for repeat in range(cfg.evaluate.repeats)
+            self._task(name, repeat, model=model)
+            for model in models
+            for name in sets
+            for repeat in range(cfg.evaluate.repeats)
         ]
 
         def build() -> Manifest:
-            return evaluate(tasks, cfg.storage / "cache" / "evaluate", self._workers(len(tasks)))
+            return evaluate(tasks, self._results, self._workers(len(tasks)))
 
         identity = fingerprint("evaluate", *(task.result_path(cfg.storage).name for task in tasks))
         manifest = self._stage("evaluate", self.directory / "evaluation", identity, build)
-        write_atomic(
-            self.directory / "evaluation.json", json.dumps({"rows": manifest["rows"]}, indent=1)
-        )
+        content = {
+            "protocol": cfg.evaluate.protocol,
+            "changes": changes(cfg.evaluate, cfg.curate),
+            "rows": manifest["rows"],
+            "measures": manifest["measures"],
+        }
+        write_atomic(self.directory / "evaluation.json", json.dumps(content, indent=1))
         _log(table(manifest["rows"]))
         return manifest
 
-    def _task(self, name: SetName, repeat: int) -> EvaluationTask:
+    @property
+    def _results(self) -> UPath:
+        """Results of single networks, shared by all runs of a storage path."""
+        return self.config.storage / "cache" / "evaluate"
+
+    def _model(self, name: str) -> ModelConfig:
+        """The network of that name; the run's own options hold for its own."""
+        return self.config.model if name == self.config.model.name else ModelConfig(name=name)
+
+    def _check_model(self, model: ModelConfig) -> None:
+        """Raises UsageError if a network cannot be built for these images."""
+        manifest = self.shards
+        try:
+            with torch.device("meta"):
+                build_model(
+                    model,
+                    num_classes=len(manifest["class_names"]),
+                    channels=manifest["channels"],
+                    image_size=manifest["image_size"],
+                )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def _task(
+        self,
+        name: SetName,
+        repeat: int,
+        *,
+        model: ModelConfig,
+        classes: tuple[int, ...] | None = None,
+    ) -> EvaluationTask:
         cfg = self.config
         counts = self.shards["splits"]["train"]["counts"]
         training = cfg.evaluate.training
@@ -244,6 +296,7 @@ class Run:
             "distilled": lambda: self._set_hash("distilled"),
             "distilled_soft": lambda: self._set_hash("curated"),
             "random": lambda: cfg.ipc,
+            "random_soft": lambda: (cfg.ipc, self.pool["fingerprint"], cfg.curate),
             "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
             "herding": lambda: (cfg.ipc, self.pool["fingerprint"]),
             "whole": lambda: "",
@@ -258,10 +311,14 @@ class Run:
             shard_manifest=self.shards,
             distilled=self.directory / ("curated" if name == "distilled_soft" else "distilled"),
             pool=self.pool_directory,
+            pool_model=cfg.model,
             networks=cfg.pretrain.networks,
-            model=cfg.model,
+            curate=cfg.curate,
+            model=model,
             training=training,
             hard_epochs=round(cfg.curate.hard_fraction * training.epochs),
+            legacy_every=cfg.evaluate.legacy_every if classes is None else 0,
+            classes=classes,
             ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
             factor=cfg.synthetic.factor,
             memory_budget=cfg.stream.memory_budget_mib * 2**20,
@@ -271,6 +328,170 @@ class Run:
     def _set_hash(self, name: Literal["distilled", "curated"]) -> str:
         _ = getattr(self, name)  # runs the stage if it has to
         return canonical_json(read_json(self.directory / name / "manifest.json")["sha256"])
+
+    # ------------------------------------------------------------------ audit
+
+    def audit(self) -> Manifest:
+        """How faithful the distilled set is to the whole real set, into audit.json."""
+        cfg = self.config
+        models = [self._model(name) for name in cfg.audit.networks] or [cfg.model]
+        job = AuditJob(
+            shards=self.shard_directory,
+            shard_manifest=self.shards,
+            distilled=self.directory / "distilled",
+            extractors=tuple((model, self._unseen_extractor(model)) for model in models),
+            config=cfg.audit,
+            ipc=cfg.ipc,
+            factor=cfg.synthetic.factor,
+            memory_budget=cfg.stream.memory_budget_mib * 2**20,
+            seed=cfg.seed,
+        )
+        shards = self.shards["splits"]["train"]["shards"]
+        identity = fingerprint(
+            "audit",
+            self._set_hash("distilled"),
+            [pool.name for _, pool in job.extractors],
+            cfg.audit,
+            [cfg.ipc, cfg.synthetic.factor, cfg.seed],
+        )
+        directory = self.directory / "audit"
+        manifest = self._stage(
+            "audit",
+            directory,
+            identity,
+            lambda: audit(job, self._workers(len(shards)), directory=directory),
+        )
+        write_atomic(self.directory / "audit.json", json.dumps(manifest, indent=1))
+        _log(audit_table(manifest))
+        return manifest
+
+    def _unseen_extractor(self, model: ModelConfig) -> UPath:
+        """A pool of one network that the distillation has not seen, in the cache."""
+        cfg = self.config
+        self._check_model(model)
+        seed = keyed_seed(cfg.seed, "audit_extractor")
+        identity = fingerprint(
+            "pretrain", self.shards["fingerprint"], model, cfg.pretrain.training, seed
+        )
+        directory = cfg.cache("pretrain", identity)
+        job = PretrainJob(
+            shards=self.shard_directory,
+            shard_manifest=self.shards,
+            directory=directory,
+            model=model,
+            config=dataclasses.replace(cfg.pretrain, networks=1),
+            stream=cfg.stream,
+            seed=seed,
+        )
+
+        def build() -> Manifest:
+            return pretrain(
+                job,
+                self._workers(1),
+                storage=cfg.storage / "cache" / "ray",
+                max_failures=cfg.runtime.max_failures,
+            )
+
+        run_stage(f"extractor {model.name}", directory, fingerprint(identity, 1), build, log=_log)
+        return directory
+
+    # ------------------------------------------------------------------ uses of the set
+
+    def continual(self) -> Manifest:
+        """Class-incremental learning with each set as the memory, into continual.json."""
+        cfg = self.config
+        try:
+            found = moments(len(self.shards["class_names"]), cfg.continual, cfg.seed)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        sets: list[SetName] = ["distilled", "random", "random_same_factor", "herding"]
+        keys = [(name, moment) for name in sets for moment in found]
+        tasks = [
+            self._task(name, moment.repeat, model=cfg.model, classes=moment.classes)
+            for name, moment in keys
+        ]
+
+        def build() -> Manifest:
+            workers = self._workers(len(tasks))
+            results = run_tasks(tasks, self._results, workers, stage="continual")
+            accuracies = [result["accuracy"] for result in results]
+            return {
+                "rows": continual_rows(keys, accuracies),
+                "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+            }
+
+        return self._use("continual", tasks, build, lambda found: continual_table(found["rows"]))
+
+    def search_proxy(self) -> Manifest:
+        """Whether each set ranks architectures as the whole set does, into search-proxy.json."""
+        cfg = self.config
+        try:
+            models = cfg.search_proxy.grid()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        for model in models:
+            self._check_model(model)
+        sets: list[SetName] = ["distilled", "random", "random_same_factor", "whole"]
+        repeats = cfg.search_proxy.repeats
+        tasks = [
+            self._task(name, repeat, model=model)
+            for name in sets
+            for model in models
+            for repeat in range(repeats)
+        ]
+
+        def build() -> Manifest:
+            workers = self._workers(len(tasks))
+            results = run_tasks(tasks, self._results, workers, stage="search-proxy")
+            values = iter(result["accuracy"] for result in results)
+            found: dict[str, list[list[float]]] = {
+                name: [[next(values) for _ in range(repeats)] for _ in models] for name in sets
+            }
+            return {
+                **proxy_content(models, found),
+                "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+            }
+
+        return self._use("search-proxy", tasks, build, proxy_table)
+
+    def _use(
+        self,
+        name: str,
+        tasks: Sequence[EvaluationTask],
+        build: Callable[[], Manifest],
+        text: Callable[[Any], str],
+    ) -> Manifest:
+        """A stage of networks whose summary is <name>.json of the run's directory."""
+        identity = fingerprint(
+            name, *(task.result_path(self.config.storage).name for task in tasks)
+        )
+        manifest = self._stage(name, self.directory / name, identity, build)
+        write_atomic(
+            self.directory / f"{name}.json",
+            json.dumps({k: manifest[k] for k in manifest if k in _USES}, indent=1),
+        )
+        _log(text(manifest))
+        return manifest
+
+    def export(self) -> Manifest:
+        """The distilled set in a format that others read, under export/ of the run's directory.
+
+        The set with soft labels if there is one.
+        """
+        from pipeline.export import export  # pyarrow takes its time
+
+        _ = self.curated if self.config.curate.soft_labels else self.distilled
+        name = "curated" if self.config.curate.soft_labels else "distilled"
+        evaluation = read_json(self.directory / "evaluation.json") or {}
+        directory = export(
+            load(self.directory / name),
+            self.directory / "export" / self.config.export.to,
+            self.config.export.to,
+            name=self.directory.name,
+            rows=evaluation.get("rows", []),
+        )
+        _log(f"export: {directory}")
+        return {}
 
     # ------------------------------------------------------------------ report
 
@@ -283,6 +504,9 @@ class Run:
         path = write_report(self.directory)
         _log(f"report: {path}")
         return {}
+
+
+_USES = ("rows", "networks", "sets")  # what continual.json and search-proxy.json hold
 
 
 def _log(text: str) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-STAGE_ORDER = ("shard", "pretrain", "tune", "distill", "curate", "evaluate")
+_MADE, _JUDGED = ("shard", "pretrain", "tune", "distill", "curate"), ("evaluate", "audit")
+STAGE_ORDER = (*_MADE, *_JUDGED, "continual", "search-proxy")
 SET_NAMES = {
     "distilled": "Distilled",
     "distilled_soft": "Distilled, with soft labels",
     "random": "Random images",
+    "random_soft": "Random images, with soft labels",
     "random_same_factor": "Random images, same factor",
     "herding": "Herding",
     "whole": "Whole training set",
@@ -28,6 +30,9 @@ class EvaluationRow:
     mean: float
     std: float | None  # None: one run has no spread
     gain: float | None  # points over random images, same network and number of images
+    interval: tuple[float, float] | None = None  # 95 % confidence interval of the mean
+    legacy: float | None = None  # best-on-test
+    legacy_std: float = 0.0
 
 
 def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
@@ -60,9 +65,19 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
                 mean=100 * row["mean"],
                 std=100 * row["std"] if len(row["accuracy"]) > 1 else None,
                 gain=None if own or base is None else 100 * (row["mean"] - base),
+                interval=_interval(row["mean"], row.get("ci95")),
+                legacy=100 * row["legacy_mean"] if "legacy_mean" in row else None,
+                legacy_std=100 * row.get("legacy_std", 0.0),
             )
         )
     return result
+
+
+def _interval(mean: float, half: float | None) -> tuple[float, float] | None:
+    """In percent; no accuracy is outside of 0 to 100."""
+    if half is None:
+        return None
+    return max(0.0, 100 * (mean - half)), min(100.0, 100 * (mean + half))
 
 
 def headline(rows: Sequence[EvaluationRow]) -> dict[str, EvaluationRow]:

@@ -1,4 +1,5 @@
-"""The networks of the dataset distillation literature, as the DC code base defines them.
+"""The networks of the dataset distillation literature, as the DC code base defines them, and any
+classifier of torchvision.
 
 DC: Zhao et al., Dataset Condensation with Gradient Matching, 2021; its code base is also that of
 DSA and DM. Weights start as PyTorch's layers initialise them, as there.
@@ -12,6 +13,7 @@ import torch
 from ncfm.models.alexnet import AlexNet
 from ncfm.models.classifier import Classifier
 from ncfm.models.convnet import ConvNet, default_depth
+from ncfm.models.from_torchvision import PREFIX, TorchvisionClassifier, torchvision_names
 from ncfm.models.layers import Norm
 from ncfm.models.resnet import ResNet18
 from ncfm.models.vgg import VGG11
@@ -25,7 +27,9 @@ Name = Literal["convnet", "alexnet", "vgg11", "resnet18"]
 class ModelConfig:
     """Which network."""
 
-    name: Name = "convnet"
+    name: str = "convnet"
+    """convnet, alexnet, vgg11 or resnet18 as DC has them, or the name of a torchvision classifier;
+    torchvision/resnet18 is the one that torchvision calls so."""
     depth: int | None = None
     """Blocks, of a ConvNet only. None: 3 up to 32 px, 4 to 64, 5 to 128, 6 above."""
     width: int = 128
@@ -35,7 +39,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
-            raise ValueError(f"name must be one of {', '.join(get_args(Name))}, got {self.name!r}")
+            if self.name.removeprefix(PREFIX) not in torchvision_names():
+                raise ValueError(
+                    f"name must be one of {', '.join(get_args(Name))}, "
+                    f"or a torchvision classifier, got {self.name!r}"
+                )
+            if self.norm is not None:
+                raise ValueError(f"{self.name} has a norm of its own, got {self.norm!r}")
         if self.norm is not None and self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
         if self.depth is not None and self.depth < 1:
@@ -89,3 +99,5 @@ def _construct(config: ModelConfig, shape: dict[str, int]) -> Classifier:
             return VGG11(**shape, norm=norm)
         case "resnet18":
             return ResNet18(**shape, norm=norm)
+        case _:
+            return TorchvisionClassifier(name=config.name.removeprefix(PREFIX), **shape)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, instance_norm, pad
 
 from ncfm.models import Classifier, ModelConfig, build_model
+from ncfm.models.from_torchvision import TorchvisionClassifier, torchvision_names
 from ncfm.models.layers import norm_layer
 
 NAMES = ("convnet", "alexnet", "vgg11", "resnet18")
@@ -405,3 +406,33 @@ def test_bad_shape(field: str) -> None:
 def test_group_norm_needs_channels_it_can_divide() -> None:
     with pytest.raises(ValueError, match="multiple of 4 channels, got 6"):
         build(width=6, norm="group")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "torchvision/resnet18"])
+def test_torchvision_networks_are_classifiers(name: str) -> None:
+    config = ModelConfig(name=name)
+    shape = {"num_classes": 7, "channels": 1, "image_size": 16}
+    network = build_model(config, **shape, seed=1).eval()
+    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert network(x).shape == (3, 7)
+    torch.testing.assert_close(network(x), network.classifier(network.features(x)))
+    again = build_model(config, **shape, seed=1).eval()
+    assert torch.equal(again(x), network(x))
+    assert not torch.equal(build_model(config, **shape, seed=2).eval()(x), network(x))
+
+
+@pytest.mark.long
+def test_every_torchvision_classifier_is_built_or_refused_by_name() -> None:
+    refused = []
+    for name in torchvision_names():
+        try:
+            TorchvisionClassifier(name=name, num_classes=10, channels=3, image_size=32)
+        except ValueError as error:
+            assert name in str(error)  # noqa: PT017
+            refused.append(name)
+    assert all(name.startswith("squeezenet") for name in refused)
+
+
+def test_a_network_nobody_has_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"convnet.*torchvision.*'resnet19'"):
+        ModelConfig(name="resnet19")

@@ -1,10 +1,12 @@
 """The synthetic set: initialisation, saving, loading."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import ncfm
 from ncfm.images import ImageSpec
@@ -78,3 +80,49 @@ def test_a_small_class_repeats_its_images() -> None:
     assert torch.equal(start[0], start[1])
     with pytest.raises(ValueError, match="without a real image"):
         initial_images(real[:0], 2, SyntheticConfig(), torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("{", r"manifest\.json is not JSON"),
+        ("[]", r"manifest\.json is not the manifest"),
+        ('{"format": "other", "version": 1}', "'other' version 1"),
+        ('{"format": "ncfm-synthetic", "version": 1, "factor": 2}', "lacks channels, image_size"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_named(
+    tmp_path: Path, manifest: str, message: str
+) -> None:
+    make_set().save(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match=message):
+        ncfm.load(tmp_path)
+
+
+def test_a_set_of_format_version_1_loads(tmp_path: Path) -> None:
+    """Written out by hand: whatever the code becomes, sets that are out there must load."""
+    images = torch.linspace(0, 1, 2 * 1 * 2 * 2).view(2, 1, 2, 2)
+    data = save({"images": images, "labels": torch.tensor([0, 1])})
+    (tmp_path / "synthetic.safetensors").write_bytes(data)
+    manifest = {
+        "format": "ncfm-synthetic",
+        "version": 1,
+        "shape": [2, 1, 2, 2],
+        "factor": 1,
+        "soft_labels": False,
+        "images_per_class": 1,
+        "channels": 1,
+        "image_size": 2,
+        "mean": [0.5],
+        "std": [0.25],
+        "class_names": ["a", "b"],
+        "labels": [0, 1],
+        "sha256": {"synthetic.safetensors": hashlib.sha256(data).hexdigest()},
+        "provenance": {},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    loaded = ncfm.load(tmp_path)
+    assert torch.equal(loaded.images, images)
+    assert loaded.class_names == ("a", "b")
+    assert loaded.soft_labels is None

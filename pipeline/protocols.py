@@ -1,0 +1,110 @@
+"""Evaluation protocols by name: every choice that an accuracy depends on, in one place.
+
+`evaluate.protocol` sets all fields of `EvaluateConfig` but `networks`, and those of `curate`. A
+protocol that a preset names gives way to the other values of the preset; one that is named on the
+command line overrides the preset and gives way to the other options of the command line.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ncfm.augment import AugmentConfig
+from ncfm.curation import CurateConfig
+from ncfm.train import TrainConfig
+
+ProtocolName = Literal["default", "paper", "soft", "quick"]
+
+
+def _released(epochs: int) -> TrainConfig:
+    """The released code's training on a small set, in so many epochs (there 2000)."""
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=128,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,  # AdamW's own default, which the released code leaves as it is
+        cutmix_prob=0.5,
+        milestones=(0.2, 0.4, 0.6, 0.8),
+        gamma=0.5,
+        augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How sets of images are judged."""
+
+    protocol: ProtocolName = "default"
+    """default: hard labels, last epoch. paper: the same, and best-on-test in a column of its own.
+    soft: stored soft labels, too. quick: few epochs, to tell good configurations from bad ones."""
+    networks: tuple[str, ...] = ()
+    """Networks to train, as model.name takes them; none: that of model alone."""
+    repeats: int = 10
+    """Fresh networks per set (paper: 10; 3 for the ImageNet subsets)."""
+    herding: bool = True
+    """Whether herding, real images chosen by the pool's features, is one of the sets."""
+    legacy_every: int = 0
+    """Also test after every so many epochs and report the best, which is chosen on the test images,
+    as legacy (released code: 100). 0: look at the test images once."""
+    training: TrainConfig = field(default_factory=lambda: _released(2000))
+    """Training on a small set; the defaults are the released code's."""
+    whole_epochs: int = 60
+    """Epochs on the whole training set."""
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "whole_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.legacy_every < 0:
+            raise ValueError(f"legacy_every must not be negative, got {self.legacy_every}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol fixes."""
+
+    evaluate: EvaluateConfig
+    curate: CurateConfig = field(default_factory=CurateConfig)
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    "default": Protocol(EvaluateConfig()),
+    "paper": Protocol(EvaluateConfig(protocol="paper", legacy_every=100)),
+    "soft": Protocol(EvaluateConfig(protocol="soft"), CurateConfig(soft_labels=True)),
+    "quick": Protocol(
+        EvaluateConfig(
+            protocol="quick", repeats=2, herding=False, training=_released(200), whole_epochs=10
+        )
+    ),
+}
+
+
+def settings(name: str) -> dict[str, Any]:
+    """What a protocol sets: dotted option -> value. Raises ValueError if there is no such."""
+    if name not in get_args(ProtocolName):
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    protocol = PROTOCOLS[name]  # type: ignore[index]  # checked above
+    found = {
+        **dict(_flat("evaluate", dataclasses.asdict(protocol.evaluate))),
+        **dict(_flat("curate", dataclasses.asdict(protocol.curate))),
+    }
+    del found["evaluate.networks"]
+    return found
+
+
+def changes(evaluate: EvaluateConfig, curate: CurateConfig) -> list[str]:
+    """The options whose values are not those of the protocol that the configuration names."""
+    mine = dict(_flat("evaluate", dataclasses.asdict(evaluate)))
+    mine |= dict(_flat("curate", dataclasses.asdict(curate)))
+    wanted = settings(evaluate.protocol)
+    return [name for name, value in wanted.items() if mine[name] != value]
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value
