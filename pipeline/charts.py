@@ -33,7 +33,7 @@ _DISTILL = {
     ),
     "distill/images_per_s": ("Throughput", "Real images per second, all workers together."),
 }
-_NO_CHART = {"distill/step_s"}  # the throughput says the same
+_NO_CHART = {"distill/step_s", "distill/imbalance"}  # the throughput says the same
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ them.
 
 import re
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -19,11 +20,13 @@ from ncfm.frequencies import FrequencyConfig
 from ncfm.models import ModelConfig
 from ncfm.synthetic import SyntheticConfig
 from ncfm.train import TrainConfig
+from pipeline.search_space import TuneConfig
 from pipeline.shard import ShardConfig
 from pipeline.sources import SourceConfig
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
+MORE_STAGES = ("tune", "plan")  # only when they are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,30 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where rows of metrics are sent, beside the run's own metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Whether to write <run>/tensorboard/ (not in an object store)."""
+    mlflow: str | None = None
+    """URI of an MLflow tracking server, or of a directory; needs the extra `mlflow`."""
+    wandb: str | None = None
+    """Project of Weights & Biases; needs the extra `wandb`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Stage plan: what a run would need."""
+
+    gpu: str | None = None
+    """Predict for this GPU from a table instead of by a probe of this machine."""
+    probe_s: float = 60.0
+    """About how long the probe of the step may take."""
+    max_steps: int = 4
+    """Steps that are timed, the first not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run: what is distilled, how, and where it is written."""
 
@@ -154,6 +181,8 @@ class RunConfig:
     """Soft labels, evaluated as a set of their own."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:
         if self.ipc < 1:
@@ -212,8 +241,9 @@ def parse_command(argv: Sequence[str]) -> Command:
     options = list(argv)
     if options and not options[0].startswith("-"):
         stages = (options.pop(0),)
-        if stages[0] not in STAGES:
-            raise UsageError(f"no stage {stages[0]!r}; the stages are {', '.join(STAGES)}")
+        known = (*STAGES, *MORE_STAGES)
+        if stages[0] not in known:
+            raise UsageError(f"no stage {stages[0]!r}; the stages are {', '.join(known)}")
     preset = _preset_of(options)
     parser = _parser([] if preset else [PRESETS / "builtin.toml"])
     namespace = parser.parse_args(options)
@@ -225,12 +255,35 @@ def parse_command(argv: Sequence[str]) -> Command:
     return Command(stages, config, parser.dump(settings, skip_none=True))
 
 
+def changed_command(toml: str, values: Mapping[str, object]) -> Command:
+    """A resolved configuration with some dotted options changed, checked as if they had been given
+    on the command line. Raises UsageError.
+    """
+    parser = _parser([])
+    namespace = check_types(toml, values)
+    return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
+
+
+def check_types(toml: str, values: Mapping[str, object]) -> Namespace:
+    """As `changed_command`, but values that do not fit each other are not found."""
+    settings = tomllib.loads(toml)
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        inner = settings
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    namespace: Namespace = _parser([]).parse_object(settings)
+    return namespace
+
+
 def _parser(defaults: list[Path]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
         prog="pipeline/run.py",
         usage="python pipeline/run.py [STAGE] [--config PRESET.toml] [--key.sub VALUE ...]",
-        description=f"STAGE is one of {', '.join(STAGES)}; without one, all of them run in order.",
+        description=f"STAGE is one of {', '.join(STAGES)}; without one, all of them run in order. "
+        f"Or one of {', '.join(MORE_STAGES)}: a search over options; what a run would need.",
         parser_mode="toml",
         default_config_files=list(map(str, defaults)),
     )

@@ -10,12 +10,13 @@ from typing import Literal
 
 from upath import UPath
 
-from pipeline.config import Command, RunConfig, UsageError
+from pipeline.config import Command, RunConfig, UsageError, changed_command
 from pipeline.curate import CurateJob, curate
 from pipeline.distill import DistillJob, distill
 from pipeline.evaluate import EvaluationTask, SetName, evaluate, table
 from pipeline.pretrain import PretrainJob, pretrain
 from pipeline.progress import append_rows, read_rows
+from pipeline.search import build_sampler, check_search, input_values
 from pipeline.shard import shard, shard_identity
 from pipeline.sources import Source, open_source
 from pipeline.stage import (
@@ -27,6 +28,8 @@ from pipeline.stage import (
     run_stage,
     write_atomic,
 )
+from pipeline.tracking import TrackedRun, check_tracking, dotted
+from pipeline.trial import SweepJob, input_key
 from pipeline.workers import Workers, connect, size_workers
 
 
@@ -36,6 +39,10 @@ class Run:
     """
 
     def __init__(self, command: Command) -> None:
+        check_tracking(command.config.tracking)
+        if "tune" in command.stages:
+            check_search(command)
+        self.command = command
         self.config: RunConfig = command.config
         self.directory: UPath = self.config.run_directory
         self.toml = command.toml
@@ -49,6 +56,7 @@ class Run:
             "distill": lambda: self.distilled,
             "evaluate": self.evaluate,
             "report": self.report,
+            "tune": self.tune,
         }
 
     def start(self) -> None:
@@ -160,6 +168,13 @@ class Run:
             runtime=cfg.runtime,
             ipc=cfg.ipc,
             seed=cfg.seed,
+            tracked=TrackedRun(
+                config=cfg.tracking,
+                name=self.directory.name,
+                identity=identity,
+                tensorboard=self.directory / "tensorboard" / "distill",
+                options=dotted(dataclasses.asdict(cfg)),
+            ),
         )
 
     @cached_property
@@ -271,6 +286,35 @@ class Run:
     def _set_hash(self, name: Literal["distilled", "curated"]) -> str:
         _ = getattr(self, name)  # runs the stage if it has to
         return canonical_json(read_json(self.directory / name / "manifest.json")["sha256"])
+
+    # ------------------------------------------------------------------ tune
+
+    def tune(self) -> Manifest:
+        """Search over options; the best configurations are presets in <run>/tune/."""
+        from pipeline.tune import summary, trial_resources, tune, write_results
+
+        cfg = self.config
+        directory = self.directory / "tune"
+        sampler = build_sampler(cfg.tune, cfg.seed, directory)
+        held_out = cfg.source.selection_fraction or cfg.tune.selection_fraction
+        inputs = {}
+        for values in input_values(cfg.tune, sampler):
+            shared = {**values, "source.selection_fraction": held_out}
+            inputs[input_key(values)] = Run(changed_command(self.toml, shared)).distill_job()
+        sweep = SweepJob(name=self.directory.name, config=cfg, directory=directory, inputs=inputs)
+
+        def build() -> Manifest:
+            use_gpu = self._workers(1).use_gpu
+            resources = trial_resources(cfg.tune, use_gpu=use_gpu)
+            return tune(sweep, sampler, resources, storage=cfg.storage / "cache" / "ray")
+
+        jobs = {key: job.checkpoints.name for key, job in inputs.items()}
+        identity = fingerprint("tune", cfg.tune, cfg.evaluate.training, jobs)
+        manifest = self._stage("tune", directory, identity, build)
+        write_results(directory, manifest, cfg.tune, self.command)
+        _log(summary(manifest))
+        _log(f"[tune] best: python pipeline/run.py --config {directory / 'best.toml'}")
+        return manifest
 
     # ------------------------------------------------------------------ report
 
