@@ -141,8 +141,14 @@ class PlanConfig:
     """Predict for this GPU from a table instead of by a probe of this machine."""
     probe_s: float = 60.0
     """About how long the probe of the step may take."""
-    max_steps: int = 4
-    """Steps that are timed, the first not counted."""
+    max_steps: int = 5
+    """Steps that are timed, after one that is not counted."""
+
+    def __post_init__(self) -> None:
+        if not self.probe_s > 0:
+            raise ValueError(f"plan.probe_s must be positive, got {self.probe_s}")
+        if self.max_steps < 1:
+            raise ValueError(f"plan.max_steps must be at least 1, got {self.max_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +189,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.ipc < 1:

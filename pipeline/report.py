@@ -16,6 +16,7 @@ from ncfm import load
 from pipeline.charts import accuracy_chart, distillation_charts, pretraining_chart
 from pipeline.gallery import data_uri, gallery
 from pipeline.progress import read_rows
+from pipeline.search_charts import search
 from pipeline.stage import read_json, write_atomic
 from pipeline.tables import duration, evaluation_rows, headline, stage_rows
 
@@ -23,9 +24,10 @@ from pipeline.tables import duration, evaluation_rows, headline, stage_rows
 def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:
     """Write report.html of a run; returns its path.
 
-    Only files of the run directory are read. Of these config.toml and distilled/ must exist; what
-    else is missing, the report says, with the command that makes it. The same files give the same
-    report but for `now`, the time it names as its own (default: the clock's).
+    Only files of the run directory are read. Of these config.toml and distilled/, or the results of
+    a search, must exist; what else is missing, the report says, with the command that makes it. The
+    same files give the same report but for `now`, the time it names as its own (default: the
+    clock's).
 
     Raises:
         FileNotFoundError: config.toml or distilled/ is missing; the message says what makes it.
@@ -56,7 +58,11 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         words = ["python", "pipeline/run.py", stage, "--config", config_path]
         return shlex.join(word for word in words if word)
 
+    results = read_json(directory / "tune" / "results.json")
+    found = search(results) if results is not None else None
     if not (directory / "distilled" / "manifest.json").exists():
+        if found is not None:
+            return {**_NOTHING, "name": name, "search": found, **_configuration(config_toml)}
         raise FileNotFoundError(
             f"{directory} holds no distilled set to report on; make it with: {command('distill')}"
         )
@@ -90,10 +96,32 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         "charts": [*curves, *([pretraining] if pretraining else [])],
         "stages": stages,
         "total_time": duration(sum(row.seconds for row in stages)),
-        "config_parts": _config_parts(config_toml),
-        "config_uri": data_uri("text/plain", config_toml.encode()),
+        "search": found,
+        **_configuration(config_toml),
         "reproduce": _reproduce(distilled.provenance, name),
         "provenance": _provenance(distilled.provenance, manifest["sha256"], now),
+    }
+
+
+# What the template shows of a run that has only searched so far.
+_NOTHING: dict[str, Any] = {
+    "missing": [],
+    "gallery": None,
+    "set": None,
+    "headline": {},
+    "evaluation": [],
+    "runs": None,
+    "charts": [],
+    "stages": [],
+    "reproduce": None,
+    "provenance": [],
+}
+
+
+def _configuration(text: str) -> dict[str, Any]:
+    return {
+        "config_parts": _config_parts(text),
+        "config_uri": data_uri("text/plain", text.encode()),
         "plotly_js": get_plotlyjs(),
     }
 

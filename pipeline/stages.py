@@ -57,6 +57,7 @@ class Run:
             "evaluate": self.evaluate,
             "report": self.report,
             "tune": self.tune,
+            "plan": self.plan,
         }
 
     def start(self) -> None:
@@ -314,7 +315,17 @@ class Run:
         write_results(directory, manifest, cfg.tune, self.command)
         _log(summary(manifest))
         _log(f"[tune] best: python pipeline/run.py --config {directory / 'best.toml'}")
+        self.report()
         return manifest
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self) -> Manifest:
+        """Tell what the run would need; nothing is started or written."""
+        from pipeline.plan import make_plan, told
+
+        _log(told(make_plan(self.config, self.source, self.toml), self.config))
+        return {}
 
     # ------------------------------------------------------------------ report
 
@@ -322,7 +333,8 @@ class Run:
         """report.html of whatever the run's directory holds."""
         from pipeline.report import write_report  # plotly takes its time
 
-        if not (self.directory / "distilled" / "manifest.json").exists():
+        made = ("distilled/manifest.json", "tune/results.json")
+        if not any((self.directory / name).exists() for name in made):
             raise UsageError(f"nothing to report in {self.directory} yet: run distill first")
         path = write_report(self.directory)
         _log(f"report: {path}")

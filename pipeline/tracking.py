@@ -116,7 +116,7 @@ class TensorBoard:
     """Event files, in the format that the package tensorboard shows."""
 
     def __init__(self, directory: Path, *, purge_step: int) -> None:
-        from tensorboardX import SummaryWriter  # comes with ray[tune]
+        from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
