@@ -26,7 +26,7 @@ from pipeline.sources import SourceConfig
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
-MORE_STAGES = ("tune", "plan")  # only when they are named
+EXTRA_STAGES = ("tune", "plan")  # run when they are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +248,9 @@ def parse_command(argv: Sequence[str]) -> Command:
     options = list(argv)
     if options and not options[0].startswith("-"):
         stages = (options.pop(0),)
-        known = (*STAGES, *MORE_STAGES)
-        if stages[0] not in known:
-            raise UsageError(f"no stage {stages[0]!r}; the stages are {', '.join(known)}")
+        if stages[0] not in STAGES + EXTRA_STAGES:
+            known = ", ".join(STAGES + EXTRA_STAGES)
+            raise UsageError(f"no stage {stages[0]!r}; the stages are {known}")
     preset = _preset_of(options)
     parser = _parser([] if preset else [PRESETS / "builtin.toml"])
     namespace = parser.parse_args(options)
@@ -290,7 +290,7 @@ def _parser(defaults: list[Path]) -> ArgumentParser:
         prog="pipeline/run.py",
         usage="python pipeline/run.py [STAGE] [--config PRESET.toml] [--key.sub VALUE ...]",
         description=f"STAGE is one of {', '.join(STAGES)}; without one, all of them run in order. "
-        f"Or one of {', '.join(MORE_STAGES)}: a search over options; what a run would need.",
+        f"Others run when they are named: {', '.join(EXTRA_STAGES)}.",
         parser_mode="toml",
         default_config_files=list(map(str, defaults)),
     )

@@ -49,7 +49,7 @@ class Run:
         self.source: Source = open_source(self.config.source)
 
     def stages(self) -> dict[str, Callable[[], Manifest]]:
-        """The stages by name, in order."""
+        """The stages by name, in order; the last ones run only when they are named."""
         return {
             "shard": lambda: self.shards,
             "pretrain": lambda: self.pool,

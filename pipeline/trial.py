@@ -23,7 +23,7 @@ from ncfm.train import TrainConfig
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig
 from pipeline.distill_loop import DistillJob, Loop
-from pipeline.progress import Progress, append_rows
+from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.search_space import INPUTS, Values, override
 from pipeline.stage import canonical_json, fingerprint, peak_rss_bytes, read_json, write_atomic
 from pipeline.stream import ShardSet, StreamedImages
@@ -116,7 +116,12 @@ class TrialJob:
     def _tell(self, result: Result) -> None:
         row = {"stage": "tune", "step": result["step"], "time": time.time()}
         row["tune/accuracy"] = result["accuracy"]
-        append_rows(self.distill.metrics, [row])
+        rows = [
+            old
+            for old in read_rows(self.distill.metrics)
+            if old["stage"] != "tune" or old["step"] < result["step"]  # told before it was cut off
+        ]
+        append_rows(self.distill.metrics, [*rows, row], fresh=True)
         trackers = Trackers(self.distill.tracked, result["step"])
         trackers.log(row)
         trackers.close()

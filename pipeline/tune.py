@@ -12,10 +12,12 @@ import io
 import json
 import logging
 import os
+import re
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -183,9 +185,10 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """One attempt failed."""
         number = trial.config["number"]
-        logger.warning("trial %d failed: %s", number, error_line(trial))
+        error = error_line(Path(trial.error_file).read_text(encoding="utf-8"))
+        logger.warning("trial %d failed: %s", number, error)
         if not trial.should_recover():
-            self._board.failed[number] = error_line(trial)
+            self._board.failed[number] = error
             self._stop_others(tune_controller, number)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
@@ -195,14 +198,14 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         """It has told all before."""
 
 
-def error_line(trial: Trial) -> str:
-    """Why a trial failed, in one line."""
-    error = trial.get_error()
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    name = type(cause).__name__
-    return last if last.startswith(name) or "Error" in last.partition(":")[0] else f"{name}: {last}"
+def error_line(text: str) -> str:
+    """Why a trial failed, in one line, from what Ray Tune writes down: of a traceback the last
+    line that names an exception, else, if the worker died, the first.
+    """
+    latest = text.rpartition("Failure # ")[2].splitlines()[1:]
+    lines = [" ".join(line.split()) for line in latest if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return (raised or lines[:1] or ["no reason was given"])[-1]
 
 
 class Table:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ncfm
-from pipeline.config import parse_command
+from pipeline.config import STAGES, parse_command
 from pipeline.progress import read_rows
 from pipeline.stages import Run
 
@@ -52,8 +52,8 @@ def run(tmp_path: Path, *arguments: str) -> tuple[Path, dict[str, dict[str, Any]
         )
     )
     run.start()
-    for stage in run.stages().values():
-        stage()
+    for name in STAGES:
+        run.stages()[name]()
     directory = Path(str(run.directory))
     return directory, json.loads((directory / "stages.json").read_text())
 

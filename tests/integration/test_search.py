@@ -50,7 +50,7 @@ def command(tmp_path: Path, text: str):
         ('[tune.space."distill.lr"]\nchoice = [1]\ngrid = [1]', "exactly one of"),
         ('[tune.space."distill.lr"]\nchoose = [1]', "choose"),
         ('[tune.space."distill.lr"]\nchoice = ["fast"]', "'distill.lr': .*float.*fast"),
-        ('[tune.space."frequencies.sampler"]\ngrid = ["psy"]', "psi.*gaussian.*psy"),
+        ('[tune.space."frequencies.sampler"]\ngrid = ["psy"]', "gaussian.*psi.*psy"),
         ('[tune.space."distill.lr"]\nuniform = [-1, 1]', "lr must be positive, got -1"),
         ("[tune.space.ipc]\ngrid = [1, 0]", "ipc must be at least 1, got 0"),
         ('[tune.space."evaluate.repeats"]\nchoice = [1]', "searched can be"),

@@ -16,6 +16,7 @@ from pipeline.progress import read_rows
 from pipeline.search_space import override
 from pipeline.stage import StageError
 from pipeline.stages import Run
+from pipeline.tune import Board, error_line
 
 ROOT = Path(__file__).parents[2]
 PRESET = """
@@ -149,6 +150,7 @@ def test_an_interrupted_search_goes_on_from_its_rungs(swept: Path) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+@pytest.mark.long
 def test_a_larger_search_keeps_the_trials_of_the_smaller(swept: Path) -> None:
     before = without_times(results(swept, "sweep"))
     first = next((swept / "runs/sweep/tune/trials").glob("000-*/rung-0.json")).stat().st_mtime_ns
@@ -178,12 +180,26 @@ def test_failed_trials_are_told_and_the_others_count(
     assert manifest["pareto"] == [0]
 
 
-def test_a_search_without_a_success_is_an_error(swept: Path) -> None:
-    space = '[tune.space."distill.real_batch"]\ngrid = [1000]\n'
-    failing = run(swept, "hopeless", space, "--tune.samples", "1", "--tune.retries", "0")
-    with pytest.raises(StageError, match=r"no trial succeeded.*memory_budget_mib"):
+def test_a_search_without_a_success_is_an_error(
+    swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_all(board: Board, waiting: list[int], *_: object, **__: object) -> None:
+        board.failed = {board.suggest(n) and n: "ValueError: no room" for n in waiting}
+
+    monkeypatch.setattr("pipeline.tune._run", fail_all)
+    failing = run(swept, "hopeless", IPC)
+    with pytest.raises(StageError, match=r"no trial succeeded; the first: ValueError: no room"):
         failing.tune()
     assert not (failing.directory / "tune" / "manifest.json").exists()
+
+
+def test_why_a_trial_failed_is_one_line() -> None:
+    trace = "Traceback (most recent call last):\n  File x\nOSError: old\n\nValueError: no\n  room\n"
+    assert error_line(f"Failure # 1 (at noon)\nKeyError: 1\nFailure # 2 (at one)\n{trace}") == (
+        "ValueError: no"
+    )
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: X\n"
+    assert error_line(f"Failure # 1 (at noon)\n{died}") == died.splitlines()[0]
 
 
 def test_a_trial_tells_its_steps_and_rungs(swept: Path) -> None:
