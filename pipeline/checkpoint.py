@@ -104,11 +104,12 @@ class CheckpointWriter:
         write_atomic(
             target / "checkpoint.json", json.dumps({"step": step, "parts": parts}, indent=1)
         )
-        # What is no checkpoint now was left by a group that died: no other is under way.
+        # What is no checkpoint and older than this one was left by a group that died: every worker
+        # writes its parts in order. A newer one may be under way, since the others do not wait.
         known = [(path, (path / "checkpoint.json").exists()) for path in _steps(self.directory)]
         whole = [path for path, is_whole in known if is_whole and _step_of(path) > 0]
         for path, is_whole in known:
-            if not is_whole or path in whole[self.keep :]:
+            if path in whole[self.keep :] or (not is_whole and _step_of(path) < step):
                 remove(path)
 
 

@@ -130,6 +130,18 @@ def test_nothing_is_taken_for_the_work_of_a_dead_group(directory: UPath) -> None
     assert [path.name for path in directory.iterdir()] == ["step-00000006"]  # the rest is gone
 
 
+def test_parts_written_ahead_of_a_commit_stay(directory: UPath) -> None:
+    """The others do not wait for rank 0, which may still be busy with the checkpoint before."""
+    first, second = workers(directory, 2)
+    for step in (5, 10):
+        second.save(step, state_of(step, 1))
+    second.wait()
+    for step in (5, 10):
+        first.save(step, state_of(step, 0))
+        first.wait()
+        assert step_in(directory) == step
+
+
 def test_members_who_only_share_classes_write_nothing(directory: UPath) -> None:
     writer = CheckpointWriter(directory, rank=1, writers=[0, 2])
     writer.save(5, state_of(5, 0))

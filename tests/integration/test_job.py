@@ -92,7 +92,7 @@ def test_ctrl_c_ends_quickly_and_the_same_command_goes_on(
     environment = ray_environment(scratch)
     slow = {"pretrain.training.epochs": "3", "evaluate.training.epochs": "300"}
     if stage == "distill":
-        slow |= {"distill.num_steps": "400", "runtime.checkpoint_every_s": "1"}
+        slow |= {"distill.num_steps": "1500", "runtime.checkpoint_every_s": "1"}
     command = [sys.executable, str(ROOT / "pipeline/run.py"), *options(tmp_path / "runs", **slow)]
     log = scratch / "log"
     process = start(command, environment, log)
@@ -105,7 +105,8 @@ def test_ctrl_c_ends_quickly_and_the_same_command_goes_on(
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130, log.read_text()
         seconds = time.monotonic() - began
-        assert wait_until_gone(started) == set()
+        # An agent of Ray that was still starting looks for its head for up to a minute.
+        assert wait_until_gone(started, 90) == set()
         text = log.read_text()
         assert "interrupted; the same command goes on" in text
         assert text.count("Traceback") == 0, text

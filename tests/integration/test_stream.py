@@ -266,7 +266,7 @@ def test_pool_sizes_share_the_budget(counts: list[int], budget: int) -> None:
     cut = [size for size, count in zip(sizes, counts, strict=True) if size < count]
     if cut:
         assert max(cut) - min(cut) <= 1
-        assert max(sizes) <= max(cut)
+        assert max(sizes) <= max(cut) + 1  # what does not divide evenly goes to the largest
 
 
 # --- StreamedImages -------------------------------------------------------------------------------
