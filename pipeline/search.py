@@ -1,5 +1,6 @@
 """What a search tries: its check before anything starts, and the sampler of its trials."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipeline.search_space import (
     sample,
 )
 from pipeline.stage import fingerprint, read_json, write_atomic
+from pipeline.tracking import dotted
 
 
 def check_search(command: Command) -> None:
@@ -65,13 +67,18 @@ def check_search(command: Command) -> None:
                 "tune.sampler optuna needs the package optuna: pip install 'ncfm-ray[optuna]'"
             )
         return
-    integers = integer_options(RunConfig, space)
-    for number in range(config.tune.num_trials):
-        values = sample(config.tune, number, seed=config.seed, integers=integers)
+    sampler = RandomSampler(config.tune, config.seed, own_values(config))
+    for number, values in sampler.known().items():
         try:
             override(config, values)
         except ValueError as error:
             raise UsageError(f"trial {number} of tune.space ({told(values)}): {error}") from None
+
+
+def own_values(config: RunConfig) -> Values:
+    """What the configuration itself has for the options of the space."""
+    options = dotted(dataclasses.asdict(config))
+    return {key: options[key] for key in config.tune.space}
 
 
 def told(values: Mapping[str, object]) -> str:
@@ -107,8 +114,8 @@ class Sampler(Protocol):
 class RandomSampler:
     """Every trial follows from the seed and its number."""
 
-    def __init__(self, config: TuneConfig, seed: int) -> None:
-        self._config, self._seed = config, seed
+    def __init__(self, config: TuneConfig, seed: int, first: Values) -> None:
+        self._config, self._seed, self._first = config, seed, first
         self._integers = integer_options(RunConfig, config.space)
 
     def known(self) -> dict[int, Values]:
@@ -118,7 +125,9 @@ class RandomSampler:
     def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
         """See Sampler; the outcomes do not matter."""
         del outcomes
-        return sample(self._config, number, seed=self._seed, integers=self._integers)
+        return sample(
+            self._config, number, seed=self._seed, integers=self._integers, first=self._first
+        )
 
 
 class OptunaSampler:
@@ -128,10 +137,10 @@ class OptunaSampler:
     same again.
     """
 
-    def __init__(self, config: TuneConfig, seed: int, directory: UPath) -> None:
-        self._config, self._seed = config, seed
+    def __init__(self, config: TuneConfig, seed: int, first: Values, directory: UPath) -> None:
+        self._config, self._seed, self._first = config, seed, first
         self._integers = integer_options(RunConfig, config.space)
-        self._path = directory / f"optuna-{fingerprint(config.space, seed)}.json"
+        self._path = directory / f"optuna-{fingerprint(config.space, seed, first)}.json"
         self._known: dict[int, Values] = {
             int(number): values for number, values in (read_json(self._path) or {}).items()
         }
@@ -148,6 +157,9 @@ class OptunaSampler:
         return self._known[number]
 
     def _suggest(self, number: int, outcomes: Sequence[Outcome]) -> Values:
+        space = self._config.space
+        if number == 0 and all(found.contains(self._first.get(k)) for k, found in space.items()):
+            return dict(self._first)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -197,11 +209,12 @@ class OptunaSampler:
         return kind(low, high, log=found.loguniform is not None)
 
 
-def build_sampler(config: TuneConfig, seed: int, directory: UPath) -> Sampler:
+def build_sampler(config: RunConfig, directory: UPath) -> Sampler:
     """The sampler that the configuration asks for."""
-    if config.sampler == "optuna":
-        return OptunaSampler(config, seed, directory)
-    return RandomSampler(config, seed)
+    first = own_values(config)
+    if config.tune.sampler == "optuna":
+        return OptunaSampler(config.tune, config.seed, first, directory)
+    return RandomSampler(config.tune, config.seed, first)
 
 
 def input_values(config: TuneConfig, sampler: Sampler) -> list[Values]:

@@ -61,6 +61,13 @@ class Range:
         assert ends is not None
         return [round(end) if integer else end for end in ends]
 
+    def contains(self, value: object) -> bool:
+        """Whether a draw can be this value."""
+        if self.choice is not None or self.grid is not None:
+            return value in (self.choice or self.grid or ())
+        low, high = self.uniform or self.loguniform or (0.0, 0.0)
+        return isinstance(value, (int, float)) and low <= value <= high
+
     def draw(self, uniform: float, *, integer: bool) -> Value:
         """The value at a place within [0, 1)."""
         if self.choice:
@@ -82,7 +89,8 @@ class TuneConfig:
     space: dict[str, Range] = field(default_factory=dict)
     """Dotted option -> its range: [tune.space."distill.lr"] loguniform = [1e-3, 1e-1]."""
     samples: int = 16
-    """Draws from the space; each is tried with every combination of the grids."""
+    """Draws from the space, the first of them the preset's own values; each is tried with every
+    combination of the grids."""
     sampler: Literal["random", "optuna"] = "random"
     """`random`: draw n follows from the seed alone. `optuna`: TPE, which learns from the trials
     before; of accuracy and stored bytes, if the latter vary."""
@@ -184,8 +192,11 @@ def integer_options(config_class: type, space: Mapping[str, Range]) -> set[str]:
     }
 
 
-def sample(config: TuneConfig, number: int, *, seed: int, integers: set[str]) -> Values:
-    """The values of a trial under the sampler `random`.
+def sample(
+    config: TuneConfig, number: int, *, seed: int, integers: set[str], first: Values
+) -> Values:
+    """The values of a trial under the sampler `random`. The first draw is `first`, where it has a
+    value: so a search ends no worse, on its images, than where it began.
 
     A draw depends on (seed, number, option) alone: with more samples or one more option the others
     stay.
@@ -197,6 +208,8 @@ def sample(config: TuneConfig, number: int, *, seed: int, integers: set[str]) ->
     for key, found in config.space.items():
         if key in point:
             values[key] = point[key]
+        elif draw == 0 and key in first:
+            values[key] = first[key]
         else:
             generator = keyed_generator(seed, "tune", draw, key)
             uniform = float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -296,7 +296,7 @@ class Run:
 
         cfg = self.config
         directory = self.directory / "tune"
-        sampler = build_sampler(cfg.tune, cfg.seed, directory)
+        sampler = build_sampler(cfg, directory)
         held_out = cfg.source.selection_fraction or cfg.tune.selection_fraction
         inputs = {}
         for values in input_values(cfg.tune, sampler):

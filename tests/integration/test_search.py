@@ -2,6 +2,7 @@
 
 import math
 import random
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
-from pipeline.config import RunConfig, UsageError, changed_command, parse_command
+from pipeline.config import PRESETS, RunConfig, UsageError, changed_command, parse_command
 from pipeline.halving import verdicts
-from pipeline.search import OptunaSampler, Outcome, RandomSampler, check_search, input_values
+from pipeline.search import (
+    OptunaSampler,
+    Outcome,
+    RandomSampler,
+    build_sampler,
+    check_search,
+    input_values,
+    own_values,
+)
 from pipeline.search_space import Range, TuneConfig, integer_options, override, sample
 from pipeline.tune import pareto
 
@@ -92,22 +101,34 @@ def test_optuna_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_draws_follow_from_the_seed_alone() -> None:
     small = TuneConfig(space=SPACE, samples=4)
-    found = [sample(small, n, seed=3, integers=INTEGERS) for n in range(small.num_trials)]
-    again = RandomSampler(TuneConfig(space=SPACE, samples=9), 3).known()
+    found = [sample(small, n, seed=3, integers=INTEGERS, first={}) for n in range(small.num_trials)]
+    again = RandomSampler(TuneConfig(space=SPACE, samples=9), 3, {}).known()
     assert [again[n] for n in range(8)] == found, "more samples keep the first ones"
     assert len(again) == 18
     fewer = TuneConfig(space={k: SPACE[k] for k in ("distill.lr", "ipc")}, samples=4)
     for number, values in enumerate(found):
-        other = sample(fewer, number, seed=3, integers=INTEGERS)
+        other = sample(fewer, number, seed=3, integers=INTEGERS, first={})
         assert other == {key: values[key] for key in other}, "other options do not matter"
-    assert found != [sample(small, n, seed=4, integers=INTEGERS) for n in range(8)]
+    assert found != [sample(small, n, seed=4, integers=INTEGERS, first={}) for n in range(8)]
     pairs = list(zip(found[::2], found[1::2], strict=True))
     assert all({**a, "ipc": 10} == b for a, b in pairs), "each draw is tried with the whole grid"
 
 
+def test_the_first_draw_is_the_presets_own(tmp_path: Path) -> None:
+    text = '[distill]\nlr = 0.5\n[tune.space."distill.lr"]\nuniform = [1, 2]\n'
+    found = command(tmp_path, text + "[tune.space.ipc]\ngrid = [3, 4]").config
+    trials = build_sampler(found, tmp_path).known()
+    assert [trials[0], trials[1]] == [{"distill.lr": 0.5, "ipc": n} for n in (3, 4)]
+    assert all(1 <= values["distill.lr"] <= 2 for n, values in trials.items() if n > 1)
+    inside = own_values(found)
+    optuna = TuneConfig(space={"distill.lr": Range(uniform=(0, 1))}, sampler="optuna")
+    first = {"distill.lr": inside["distill.lr"]}
+    assert OptunaSampler(optuna, 0, first, tmp_path).values(0, ()) == first
+
+
 def test_draws_fill_their_ranges_evenly() -> None:
     config = TuneConfig(space=SPACE, samples=400)
-    values = [sample(config, n, seed=0, integers=INTEGERS) for n in range(0, 800, 2)]
+    values = [sample(config, n, seed=0, integers=INTEGERS, first={}) for n in range(0, 800, 2)]
     logs = sorted(math.log10(v["distill.lr"]) for v in values)
     places = [(log + 3) / 2 for log in logs]  # uniform on [0, 1]; Kolmogorov-Smirnov at 1 %
     assert max(abs(p - k / 400) for k, p in enumerate(places)) < 1.63 / math.sqrt(400)
@@ -119,7 +140,7 @@ def test_draws_fill_their_ranges_evenly() -> None:
 
 def test_values_given_and_values_overridden_are_the_same(tmp_path: Path) -> None:
     found = command(tmp_path, "ipc = 3")
-    values = sample(TuneConfig(space=SPACE), 5, seed=0, integers=INTEGERS)
+    values = sample(TuneConfig(space=SPACE), 5, seed=0, integers=INTEGERS, first={})
     assert changed_command(found.toml, values).config == override(found.config, values)
 
 
@@ -127,10 +148,10 @@ def test_inputs_are_made_once_each() -> None:
     space = {**SPACE, "model.width": Range(choice=[8, 16])}
     config = TuneConfig(space=space, samples=8)
     assert sorted(
-        input_values(config, RandomSampler(config, 0)), key=lambda v: v["model.width"]
+        input_values(config, RandomSampler(config, 0, {})), key=lambda v: v["model.width"]
     ) == [{"model.width": 8}, {"model.width": 16}]
     plain = TuneConfig(space=SPACE, samples=8)
-    assert input_values(plain, RandomSampler(plain, 0)) == [{}]
+    assert input_values(plain, RandomSampler(plain, 0, {})) == [{}]
 
 
 def test_optuna_suggests_the_same_again(tmp_path: Path) -> None:
@@ -141,7 +162,7 @@ def test_optuna_suggests_the_same_again(tmp_path: Path) -> None:
     def play(folder: Path, count: int) -> list[dict]:
         """Accuracy is best at a rate of 0.03."""
         folder.mkdir(exist_ok=True)
-        sampler, outcomes = OptunaSampler(config, 1, folder), []
+        sampler, outcomes = OptunaSampler(config, 1, {}, folder), []
         for number in range(count):
             values = sampler.values(number, outcomes)
             accuracy = 1 - abs(math.log10(values["distill.lr"] / 0.03))
@@ -150,10 +171,21 @@ def test_optuna_suggests_the_same_again(tmp_path: Path) -> None:
 
     whole = play(tmp_path / "a", 30)
     play(tmp_path / "b", 12)
-    assert OptunaSampler(config, 1, tmp_path / "b").known() == dict(enumerate(whole[:12]))
+    assert OptunaSampler(config, 1, {}, tmp_path / "b").known() == dict(enumerate(whole[:12]))
     assert play(tmp_path / "b", 30) == whole, "interrupted after 12"
     distance = [abs(math.log10(v["distill.lr"] / 0.03)) for v in whole]
     assert sum(distance[20:]) < sum(distance[:10]), "it learns"
+
+
+def test_the_built_in_search_is_the_default_with_a_space() -> None:
+    default, search = (
+        tomllib.loads((PRESETS / f"{name}.toml").read_text())
+        for name in ("builtin", "builtin_tune")
+    )
+    assert {key: part for key, part in search.items() if key != "tune"} == default
+    found = parse_command(["tune", "--config", str(PRESETS / "builtin_tune.toml")])
+    check_search(found)
+    assert found.config.tune.num_trials >= 16
 
 
 # ------------------------------------------------------------------ halving

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from pipeline.config import parse_command
 from pipeline.progress import read_rows
@@ -217,11 +218,11 @@ def test_a_trial_tells_its_steps_and_rungs(swept: Path) -> None:
 def test_killed_at_three_moments_it_ends_the_same(
     swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL of the driver, with its cluster; each time the same command goes on."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    """SIGKILL of the driver, and at once the same command again, while its trials still die."""
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     preset = swept / "killed.toml"
     preset.write_text(PRESET.replace("num_steps = 9", "num_steps = 90") + IPC)
-    storage = ["--storage_path", str(swept / "runs"), "--tune.samples", "4"]
+    storage = ["--storage_path", str(swept / "runs"), "--tune.samples", "3"]
 
     def start(name: str) -> subprocess.Popen[bytes]:
         script = [sys.executable, str(ROOT / "pipeline/run.py"), "tune", "--config", str(preset)]
