@@ -1,6 +1,6 @@
 """What `plan` predicts, against what runs really took."""
 
-import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,8 @@ from ncfm.images import ImageSpec
 from pipeline.assignment import ClassCost
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import PRESETS, UsageError, parse_command
-from pipeline.plan import GPUS, Plan, gpu_step_s, make_plan, shard_bytes, told
-from pipeline.probe import forward_flops
+from pipeline.plan import GPUS, gpu_step_s, make_plan, shard_bytes, told
+from pipeline.probe import Answer, Request, forward_flops
 from pipeline.progress import read_rows
 from pipeline.stages import Run
 
@@ -42,38 +42,27 @@ def runner(folder: Path, *options: str) -> Run:
     return Run(parse_command(["plan", "--config", str(preset), *storage, *options]))
 
 
-def plan(found: Run) -> Plan:
-    return make_plan(found.config, found.source, found.toml)
-
-
-@pytest.fixture(scope="module")
-def measured(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A distillation by two workers."""
-    folder = tmp_path_factory.mktemp("plan")
-    found = runner(folder, "--num_workers", "2")
-    found.start()
-    _ = found.distilled
-    return found
-
-
-def test_shards_and_memory_are_as_predicted(measured: Run) -> None:
-    predicted = plan(runner(measured.directory.parent.parent, "--num_workers", "2"))
-    shards = sum(s["bytes"] for part in measured.shards["splits"].values() for s in part["shards"])
-    assert predicted.shard_bytes == pytest.approx(shards, rel=0.25)
-    final = load_checkpoint(measured.distill_job().checkpoints)
-    assert final is not None
-    assert predicted.memory == pytest.approx(int(final["peak_rss_bytes"]), rel=0.25)
-    rows = [r for r in read_rows(measured.directory / "metrics.jsonl") if r["stage"] == "distill"]
-    sent = sorted(row["distill/bytes_per_step"] for row in rows)[len(rows) // 2]
-    assert predicted.network_bytes == pytest.approx(sent, rel=0.25)
+def test_shards_are_as_predicted(ray_cluster: str, tmp_path: Path) -> None:
+    found = runner(tmp_path, "--shard.image_size", "16")
+    made = sum(s["bytes"] for part in found.shards["splits"].values() for s in part["shards"])
+    assert shard_bytes(found.config, found.source) == pytest.approx(made, rel=0.1)
 
 
 @pytest.mark.long
-def test_seconds_a_step_are_as_predicted(measured: Run) -> None:
-    predicted = plan(runner(measured.directory.parent.parent, "--num_workers", "2"))
-    rows = [r for r in read_rows(measured.directory / "metrics.jsonl") if r["stage"] == "distill"]
-    steps = sorted(row["distill/step_s"] for row in rows[1:])  # the first interval warms up
-    assert predicted.step_s == pytest.approx(steps[len(steps) // 2], rel=0.25)
+def test_memory_network_and_time_are_as_predicted(ray_cluster: str, tmp_path: Path) -> None:
+    """A distillation by two workers."""
+    found = runner(tmp_path, "--num_workers", "2")
+    found.start()
+    _ = found.distilled
+    predicted = make_plan(found.config, found.source, found.toml)
+    final = load_checkpoint(found.distill_job().checkpoints)
+    assert final is not None
+    assert predicted.memory == pytest.approx(int(final["peak_rss_bytes"]), rel=0.25)
+    rows = [r for r in read_rows(found.directory / "metrics.jsonl") if r["stage"] == "distill"]
+    sent = statistics.median(row["distill/bytes_per_step"] for row in rows)
+    assert predicted.network_bytes == pytest.approx(sent, rel=0.25)
+    seconds = statistics.median(row["distill/step_s"] for row in rows[1:])  # the first warms up
+    assert predicted.step_s == pytest.approx(seconds, rel=0.25)
 
 
 def test_jpeg_shards_are_smaller_and_said_so(tmp_path: Path) -> None:
@@ -87,7 +76,9 @@ def test_jpeg_shards_are_smaller_and_said_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("sampler", "seconds"), [("gaussian", 0.73), ("psi", 1.33)])
 def test_the_table_gives_the_papers_time_for_the_papers_cell(sampler: str, seconds: float) -> None:
     preset = str(PRESETS / "cifar100_ipc10.toml")
-    config = parse_command(["--config", preset, "--frequencies.sampler", sampler]).config
+    config = parse_command(
+        ["--config", preset, "--source.path", "x", "--frequencies.sampler", sampler]
+    ).config
     spec = ImageSpec(
         channels=3,
         image_size=32,
@@ -101,13 +92,34 @@ def test_the_table_gives_the_papers_time_for_the_papers_cell(sampler: str, secon
 
 
 def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(
+        step_s=1.0,
+        whole=True,
+        train_image_s=1e-3,
+        memory=2**30,
+        working=2**28,
+        gpu_memory=None,
+        pass_flops=10**8,
+    )
+    asked: list[tuple[Request, int]] = []
+
+    def answers(request: Request, count: int) -> list[Answer]:
+        asked.append((request, count))
+        return [answer] * count
+
+    monkeypatch.setattr("pipeline.plan.run_probes", answers)
     monkeypatch.setattr("pipeline.plan.GPUS", {"X": GPUS["A100"]})
+    wrong = runner(tmp_path, "--plan.gpu", "A100")
     with pytest.raises(UsageError, match="'A100' is not in the table: X"):
-        plan(runner(tmp_path, "--plan.gpu", "A100"))
+        make_plan(wrong.config, wrong.source, wrong.toml)
     before = {path.name for path in tmp_path.iterdir()}
+    found = runner(tmp_path, "--num_workers", "5")
+    plan = make_plan(found.config, found.source, found.toml)
+    assert asked[0][0].real == [64, 64], "each of five workers has two classes"
+    assert plan.distill_s == 24 * 1.0
+    assert plan.memory == 2**30 + 2 * 200 * 3 * 32**2, "and their images"
     found = runner(tmp_path, "--plan.gpu", "X", "--num_workers", "1")
-    text = told(plan(found), found.config)
+    plan = make_plan(found.config, found.source, found.toml)
+    assert (plan.use_gpu, plan.gpu_memory) == (True, 2**28)
+    assert "not measured by us" in told(plan, found.config)
     assert {path.name for path in tmp_path.iterdir()} == before
-    assert "not measured by us" in text
-    assert all(len(line) < 160 for line in text.splitlines())
-    json.dumps(text)

@@ -7,17 +7,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from upath import UPath
 
 from pipeline.config import parse_command
+from pipeline.pretrain import PretrainJob, pretrain_loop
 from pipeline.progress import read_rows
+from pipeline.search import build_sampler
 from pipeline.search_space import override
 from pipeline.stage import StageError
 from pipeline.stages import Run
-from pipeline.tune import Board, error_line
+from pipeline.trial import SweepJob, input_key, run_trial
+from pipeline.tune import Board, Halving, Table, error_line
 
 ROOT = Path(__file__).parents[2]
 PRESET = """
@@ -85,7 +90,14 @@ def without_times(found: dict[str, Any]) -> list[dict[str, Any]]:
 def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished search, `sweep`, over two sizes."""
     folder = tmp_path_factory.mktemp("tune")
-    run(folder, "sweep", IPC).tune()
+
+    def pretrain_here(job: PretrainJob, *_: object, **__: object) -> dict[str, Any]:
+        pretrain_loop({"job": job, "members": [0]})
+        return {"networks": 1}
+
+    with pytest.MonkeyPatch.context() as patch:  # the pool without Ray Train, which takes its time
+        patch.setattr("pipeline.stages.pretrain", pretrain_here)
+        run(folder, "sweep", IPC).tune()
     return folder
 
 
@@ -161,6 +173,62 @@ def test_a_larger_search_keeps_the_trials_of_the_smaller(swept: Path) -> None:
     assert after == first
 
 
+def test_what_would_only_fail_again_is_a_result(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: the rungs are reported, or a failure, that no retry follows."""
+    found = run(swept, "sweep", IPC)
+    inputs = {input_key({}): found.distill_job()}
+    sweep = SweepJob(name="x", config=found.config, directory=UPath(tmp_path), inputs=inputs)
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    run_trial({"number": 7, "values": json.dumps({"frequencies.lr": 1e30})}, sweep=sweep)
+    assert [set(report) for report in reports] == [{"number", "failure"}]
+    assert "not finite" in reports[0]["failure"]
+
+
+def test_a_trial_that_failed_for_good_is_counted_and_the_others_go_on(
+    swept: Path, tmp_path: Path
+) -> None:
+    """The scheduler, told by hand what Ray Tune would tell it."""
+    found = run(swept, "sweep", IPC)
+    inputs = {input_key({}): found.distill_job()}
+    sweep = SweepJob(name="x", config=found.config, directory=UPath(tmp_path), inputs=inputs)
+    board = Board(sweep, build_sampler(found.config, UPath(tmp_path)))
+    halving = Halving(board, Table(board))
+    (tmp_path / "error.txt").write_text("Failure # 1 (now)\nTraceback:\nValueError: no room\n")
+
+    def trial(number: int, *, recovers: bool = False) -> Any:
+        made = SimpleNamespace(
+            config={"number": number},
+            status="RUNNING",
+            error_file=tmp_path / "error.txt",
+            should_recover=lambda: recovers,
+        )
+        halving.on_trial_add(None, made)
+        return made
+
+    def tell(made: Any, step: int, accuracy: float) -> str:
+        extra = {"accuracies": [accuracy], "seconds": 1.0, "peak_rss_bytes": 1}
+        number = made.config["number"]
+        result = {"number": number, "step": step, "accuracy": accuracy, **extra}
+        return halving.on_trial_result(controller, made, result)
+
+    asked: list[Any] = []
+    controller = SimpleNamespace(request_stop_trial=asked.append)
+    first, second, third = trial(0), trial(2), trial(1)  # 0 and 2 store one image a class, 1 two
+    assert tell(second, 1, 0.2) == "CONTINUE", "it may yet be stopped: trial 0 decides"
+    halving.on_trial_error(controller, trial(0, recovers=True))
+    assert board.failed == {}, "it is tried again"
+    assert tell(first, 1, 0.9) == "CONTINUE"
+    assert asked == [second], "now it is known"
+    halving.on_trial_error(controller, third)
+    assert board.failed == {1: "ValueError: no room"}
+    assert [row["status"] for row in board.rows()] == ["running", "failed", "stopped", "running"]
+    assert board.unended() == [0, 3]
+
+
+@pytest.mark.long
 def test_failed_trials_are_told_and_the_others_count(
     swept: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
