@@ -62,7 +62,13 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
     found = search(results) if results is not None else None
     if not (directory / "distilled" / "manifest.json").exists():
         if found is not None:
-            return {**_NOTHING, "name": name, "search": found, **_configuration(config_toml)}
+            return {
+                **_NOTHING,
+                "name": name,
+                "search": found,
+                **_cost(directory),
+                **_configuration(config_toml),
+            }
         raise FileNotFoundError(
             f"{directory} holds no distilled set to report on; make it with: {command('distill')}"
         )
@@ -73,14 +79,14 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
     curves = distillation_charts([row for row in rows if row.get("stage") == "distill"])
     pretraining = pretraining_chart([row for row in rows if row.get("stage") == "pretrain"])
     evaluation = evaluation_rows((read_json(directory / "evaluation.json") or {}).get("rows", []))
-    stages = stage_rows(read_json(directory / "stages.json") or {})
+    cost = _cost(directory)
     manifest = read_json(directory / "distilled" / "manifest.json")
     wanted = [
         (initial, "the images before distillation (initial/)", "distill"),
         (curves, "the curves of the distillation (metrics.jsonl)", "distill"),
         (pretraining, "the curves of the pretraining (metrics.jsonl)", "pretrain"),
         (evaluation, "accuracies (evaluation.json)", "evaluate"),
-        (stages, "time and memory of the stages (stages.json)", ""),
+        (cost["stages"], "time and memory of the stages (stages.json)", ""),
     ]
     return {
         "name": name,
@@ -94,8 +100,7 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         if evaluation
         else None,
         "charts": [*curves, *([pretraining] if pretraining else [])],
-        "stages": stages,
-        "total_time": duration(sum(row.seconds for row in stages)),
+        **cost,
         "search": found,
         **_configuration(config_toml),
         "reproduce": _reproduce(distilled.provenance, name),
@@ -112,10 +117,14 @@ _NOTHING: dict[str, Any] = {
     "evaluation": [],
     "runs": None,
     "charts": [],
-    "stages": [],
     "reproduce": None,
     "provenance": [],
 }
+
+
+def _cost(directory: UPath) -> dict[str, Any]:
+    stages = stage_rows(read_json(directory / "stages.json") or {})
+    return {"stages": stages, "total_time": duration(sum(row.seconds for row in stages))}
 
 
 def _configuration(text: str) -> dict[str, Any]:

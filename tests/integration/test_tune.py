@@ -15,6 +15,7 @@ import ray
 from upath import UPath
 
 from pipeline.config import parse_command
+from pipeline.plan import shard_bytes
 from pipeline.pretrain import PretrainJob, pretrain_loop
 from pipeline.progress import read_rows
 from pipeline.search import build_sampler
@@ -269,6 +270,14 @@ def test_why_a_trial_failed_is_one_line() -> None:
     )
     died = "The actor died unexpectedly before finishing this task.\n\tclass_name: X\n"
     assert error_line(f"Failure # 1 (at noon)\n{died}") == died.splitlines()[0]
+
+
+def test_plan_predicts_the_shards(swept: Path) -> None:
+    """Here, where there are some."""
+    found = run(swept, "sweep", IPC)
+    splits = found.shards["splits"].values()
+    made = sum(entry["bytes"] for part in splits for entry in part["shards"])
+    assert shard_bytes(found.config, found.source) == pytest.approx(made, rel=0.1)
 
 
 def test_a_trial_tells_its_steps_and_rungs(swept: Path) -> None:
