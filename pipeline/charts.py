@@ -120,7 +120,7 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
         note += " Dots: on held-out images, after the last epoch."
         summary += f" Held out: {_range(y)}."
     figure = go.Figure(traces, chart_layout(x="epoch", y="accuracy, %"))
-    figure.updatechart_layout(hovermode="closest")
+    figure.update_layout(hovermode="closest")
     return Chart(
         name="pretrain-accuracy",
         title="Pretraining of the feature extractors",
@@ -149,9 +149,9 @@ def accuracy_chart(groups: Sequence[tuple[str, Sequence[float]]]) -> Chart:
     )
     figure = go.Figure([mean, _dots(x, y, names, color=ORANGE, value="x")])
     lines = max(label.count("<br>") for label in labels) + 1
-    figure.updatechart_layout(chart_layout(x="accuracy, %", y=""))
-    figure.updatechart_layout(height=70 + max(42, 12 + 18 * lines) * len(labels))
-    figure.updatechart_layout(hovermode="closest")
+    figure.update_layout(chart_layout(x="accuracy, %", y=""))
+    figure.update_layout(height=70 + max(42, 12 + 18 * lines) * len(labels))
+    figure.update_layout(hovermode="closest")
     figure.update_yaxes(type="category", range=[len(labels) - 0.5, -0.5], ticklabelstandoff=6)
     figure.update_xaxes(rangemode="tozero")
     return Chart(

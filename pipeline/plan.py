@@ -26,6 +26,10 @@ ENCODED = 128
 """Images of the source that are encoded to learn their size."""
 
 
+SMALLEST_STEP = 0.05
+"""Steps with less than this part of the table's work are said to be beyond it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuTime:
     """Seconds of a step of one measured configuration on a GPU."""
@@ -133,8 +137,11 @@ def _step_time(config: RunConfig, probe: Answer, passes: float) -> tuple[float, 
     if config.plan.gpu is None:
         how = "measured" if probe.whole else "measured on a part of a step"
         return probe.step_s, f"{how} on this machine, without the time on the network"
-    seconds = gpu_step_s(config.plan.gpu, config, passes * probe.pass_flops)
-    return seconds, f"scaled from {GPUS[config.plan.gpu].source}"
+    known, flops = GPUS[config.plan.gpu], passes * probe.pass_flops
+    source = f"scaled from {known.source}"
+    if flops < SMALLEST_STEP * known.flops:
+        source += "; too low, for so small a step does not fill a GPU"
+    return gpu_step_s(config.plan.gpu, config, flops), source
 
 
 def gpu_step_s(gpu: str, config: RunConfig, flops: float) -> float:

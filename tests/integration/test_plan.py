@@ -118,5 +118,5 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = runner(tmp_path, "--plan.gpu", "X", "--num_workers", "1")
     plan = make_plan(found.config, found.source, found.toml)
     assert (plan.use_gpu, plan.gpu_memory) == (True, 2**28)
-    assert "not measured by us" in told(plan, found.config)
+    assert "not measured by us; too low" in told(plan, found.config)
     assert {path.name for path in tmp_path.iterdir()} == before
