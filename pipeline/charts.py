@@ -36,6 +36,7 @@ _DISTILL = {
 _NO_CHART = {
     "distill/step_s",  # the throughput says the same
     "distill/bytes_per_step",  # the same at every step
+    "distill/imbalance",  # metrics.jsonl has it
 }
 
 
@@ -85,10 +86,14 @@ def _curve(key: str, title: str, note: str, points: list[tuple[int, float]]) -> 
         f"Step {steps[0]}: {_short(values[0])}. Step {steps[-1]}: {_short(values[-1])}. "
         f"Lowest {_short(min(values))}, highest {_short(max(values))}."
     )
-    figure = go.Figure(traces, _layout(x="step", y=""))
+    figure = go.Figure(traces, chart_layout(x="step", y=""))
     figure.update_xaxes(range=[0, 1.01 * steps[-1]])
     return Chart(
-        name=key.replace("/", "-"), title=title, note=note, summary=summary, figure=_plain(figure)
+        name=key.replace("/", "-"),
+        title=title,
+        note=note,
+        summary=summary,
+        figure=plain_figure(figure),
     )
 
 
@@ -118,14 +123,14 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
         traces.append(_dots(x, y, names, color=ORANGE))
         note += " Dots: on held-out images, after the last epoch."
         summary += f" Held out: {_range(y)}."
-    figure = go.Figure(traces, _layout(x="epoch", y="accuracy, %"))
+    figure = go.Figure(traces, chart_layout(x="epoch", y="accuracy, %"))
     figure.update_layout(hovermode="closest")
     return Chart(
         name="pretrain-accuracy",
         title="Pretraining of the feature extractors",
         note=note,
         summary=summary,
-        figure=_plain(figure),
+        figure=plain_figure(figure),
     )
 
 
@@ -148,7 +153,7 @@ def accuracy_chart(groups: Sequence[tuple[str, Sequence[float]]]) -> Chart:
     )
     figure = go.Figure([mean, _dots(x, y, names, color=ORANGE, value="x")])
     lines = max(label.count("<br>") for label in labels) + 1
-    figure.update_layout(_layout(x="accuracy, %", y=""))
+    figure.update_layout(chart_layout(x="accuracy, %", y=""))
     figure.update_layout(height=70 + max(42, 12 + 18 * lines) * len(labels))
     figure.update_layout(hovermode="closest")
     figure.update_yaxes(type="category", range=[len(labels) - 0.5, -0.5], ticklabelstandoff=6)
@@ -158,7 +163,7 @@ def accuracy_chart(groups: Sequence[tuple[str, Sequence[float]]]) -> Chart:
         title="Every run",
         note="Dots: one trained network each. Bars: their mean.",
         summary="; ".join(f"{g[0]}: {m:.1f} %" for g, m in zip(groups, means, strict=True)) + ".",
-        figure=_plain(figure),
+        figure=plain_figure(figure),
     )
 
 
@@ -191,7 +196,8 @@ def _dots(
     )
 
 
-def _layout(*, x: str, y: str) -> go.Layout:
+def chart_layout(*, x: str, y: str) -> go.Layout:
+    """The layout of all charts, with the names of both axes."""
     title = {"standoff": 8, "font": {"size": 13}}
     axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "automargin": True, "ticks": ""}
     return go.Layout(
@@ -216,7 +222,8 @@ def _layout(*, x: str, y: str) -> go.Layout:
     )
 
 
-def _plain(figure: go.Figure) -> dict[str, Any]:
+def plain_figure(figure: go.Figure) -> dict[str, Any]:
+    """A figure as data that JSON can hold."""
     found: dict[str, Any] = figure.to_plotly_json()
     return found
 

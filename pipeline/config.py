@@ -5,7 +5,8 @@ them.
 import json
 import re
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -25,12 +26,13 @@ from pipeline.continual import ContinualConfig
 from pipeline.export_config import ExportConfig
 from pipeline.protocols import EvaluateConfig, settings
 from pipeline.search_proxy import SearchProxyConfig
+from pipeline.search_space import TuneConfig
 from pipeline.shard import ShardConfig
 from pipeline.sources import SourceConfig
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
-EXTRA_STAGES = ("audit", "continual", "search-proxy", "export")  # run when they are named
+EXTRA_STAGES = ("tune", "plan", "audit", "continual", "search-proxy", "export")  # when named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,36 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where rows of metrics are sent, beside the run's own metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Whether to write <run>/tensorboard/ (not in an object store)."""
+    mlflow: str | None = None
+    """URI of an MLflow tracking server, or of a directory; needs the extra `mlflow`."""
+    wandb: str | None = None
+    """Project of Weights & Biases; needs the extra `wandb`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Stage plan: what a run would need."""
+
+    gpu: str | None = None
+    """Predict for this GPU from a table instead of by a probe of this machine."""
+    probe_s: float = 60.0
+    """About how long the probe of the step may take."""
+    max_steps: int = 5
+    """Steps that are timed, after one that is not counted."""
+
+    def __post_init__(self) -> None:
+        if not self.probe_s > 0:
+            raise ValueError(f"plan.probe_s must be positive, got {self.probe_s}")
+        if self.max_steps < 1:
+            raise ValueError(f"plan.max_steps must be at least 1, got {self.max_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run: what is distilled, how, and where it is written."""
 
@@ -135,6 +167,9 @@ class RunConfig:
     search_proxy: SearchProxyConfig = field(default_factory=SearchProxyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.ipc < 1:
@@ -232,6 +267,28 @@ def _with_protocol(parser: ArgumentParser, options: list[str]) -> list[str]:
         for name, value in wanted.items()
     ]
     return [*options[:first], *given, *options[first:]]
+
+
+def changed_command(toml: str, values: Mapping[str, object]) -> Command:
+    """A resolved configuration with some dotted options changed, checked as if they had been given
+    on the command line. Raises UsageError.
+    """
+    parser = _parser([])
+    namespace = check_types(toml, values)
+    return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
+
+
+def check_types(toml: str, values: Mapping[str, object]) -> Namespace:
+    """As `changed_command`, but values that do not fit each other are not found."""
+    tree = tomllib.loads(toml)
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    namespace: Namespace = _parser([]).parse_object(tree)
+    return namespace
 
 
 def _parser(defaults: list[Path]) -> ArgumentParser:

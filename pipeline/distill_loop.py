@@ -31,6 +31,7 @@ from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.snapshots import snapshot_steps, write_snapshot
 from pipeline.stage import Manifest, peak_rss_bytes
 from pipeline.stream import ClassStreams, ShardSet
+from pipeline.tracking import TrackedRun, Trackers
 from pipeline.workers import current_context
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class DistillJob:
     runtime: RuntimeConfig
     ipc: int
     seed: int
+    tracked: TrackedRun | None = None
 
     @property
     def snapshots(self) -> UPath:
@@ -154,12 +156,13 @@ class Loop:
                 return state
             at_most = min(steps)  # a part that only some workers need is damaged
 
-    def run(self) -> None:
+    def run(self, progress: Progress | None = None) -> None:
         """Step until the end; the last checkpoint holds the result."""
         job, distiller = self.job, self.distiller
-        self.progress = Progress(
+        self.progress = progress or Progress(
             "distill", job.distill.num_steps, unit="steps", done=distiller.step
         )
+        self.trackers = Trackers(job.tracked if self.context.rank == 0 else None, distiller.step)
         if self.context.rank == 0:  # rows beyond the checkpoint will be written again
             kept = [row for row in read_rows(job.metrics) if row.get("step", 0) <= distiller.step]
             append_rows(job.metrics, kept, fresh=True)
@@ -180,6 +183,7 @@ class Loop:
                 or distiller.step % job.runtime.log_every == 0
             ):
                 self._log()
+        self.trackers.close()
 
     def _start_interval(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -226,9 +230,11 @@ class Loop:
     ) -> None:
         step, rate = self.distiller.step, sum(cost.shared for cost in self.costs) / step_s
         values = {**means, "images_per_s": rate, "step_s": step_s, "bytes_per_step": sent}
+        values["imbalance"] = max(seconds) * len(seconds) / sum(seconds)
         row = {"stage": "distill", "step": step, "time": time.time()}
         row |= {f"distill/{name}": value for name, value in values.items()}
         append_rows(self.job.metrics, [row])
+        self.trackers.log(row)
         self.progress.update(step, **means, **{"images/s": rate})
         costs = [group.cost(self.costs) for group in self.groups for _ in group.ranks]
         factor = self.job.runtime.straggler_factor

@@ -16,6 +16,7 @@ from ncfm import load
 from pipeline.charts import accuracy_chart, distillation_charts, pretraining_chart
 from pipeline.gallery import data_uri, gallery
 from pipeline.progress import read_rows
+from pipeline.search_charts import search
 from pipeline.sections import audit_section, class_section, steps_section, uses_section
 from pipeline.stage import read_json, write_atomic
 from pipeline.tables import SET_NAMES, duration, evaluation_rows, headline, stage_rows
@@ -24,9 +25,10 @@ from pipeline.tables import SET_NAMES, duration, evaluation_rows, headline, stag
 def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:
     """Write report.html of a run; returns its path.
 
-    Only files of the run directory are read. Of these config.toml and distilled/ must exist; what
-    else is missing, the report says, with the command that makes it. The same files give the same
-    report but for `now`, the time it names as its own (default: the clock's).
+    Only files of the run directory are read. Of these config.toml and distilled/, or the results of
+    a search, must exist; what else is missing, the report says, with the command that makes it. The
+    same files give the same report but for `now`, the time it names as its own (default: the
+    clock's).
 
     Raises:
         FileNotFoundError: config.toml or distilled/ is missing; the message says what makes it.
@@ -61,7 +63,17 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         words = ["python", "pipeline/run.py", stage, "--config", config_path]
         return shlex.join(word for word in words if word)
 
+    results = read_json(directory / "tune" / "results.json")
+    found = search(results) if results is not None else None
     if not (directory / "distilled" / "manifest.json").exists():
+        if found is not None:
+            return {
+                **_NOTHING,
+                "name": name,
+                "search": found,
+                **_cost(directory),
+                **_configuration(config_toml),
+            }
         raise FileNotFoundError(
             f"{directory} holds no distilled set to report on; make it with: {command('distill')}"
         )
@@ -73,10 +85,9 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
     pretraining = pretraining_chart([row for row in rows if row.get("stage") == "pretrain"])
     judged = read_json(directory / "evaluation.json") or {}
     evaluation = evaluation_rows(judged.get("rows", []))
-    stage_entries = read_json(directory / "stages.json") or {}
-    stages = stage_rows(stage_entries)
+    cost = _cost(directory)
     shown = gallery(initial, distilled)
-    steps = steps_section(directory, stage_entries, distilled)
+    steps = steps_section(directory, read_json(directory / "stages.json") or {}, distilled)
     uses = uses_section(directory)
     audit = audit_section(directory, distilled.class_names)
     manifest = read_json(directory / "distilled" / "manifest.json")
@@ -85,7 +96,7 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         (curves, "the curves of the distillation (metrics.jsonl)", "distill"),
         (pretraining, "the curves of the pretraining (metrics.jsonl)", "pretrain"),
         (evaluation, "accuracies (evaluation.json)", "evaluate"),
-        (stages, "time and memory of the stages (stages.json)", ""),
+        (cost["stages"], "time and memory of the stages (stages.json)", ""),
     ]
     return {
         "name": name,
@@ -111,13 +122,43 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         if evaluation
         else None,
         "charts": [*curves, *([pretraining] if pretraining else [])],
-        "stages": stages,
-        "total_time": duration(sum(row.seconds for row in stages)),
-        "config_parts": _config_parts(config_toml),
-        "config_uri": data_uri("text/plain", config_toml.encode()),
+        **cost,
+        "search": found,
+        **_configuration(config_toml),
         "reproduce": _reproduce(distilled.provenance, name),
         "provenance": _provenance(distilled.provenance, manifest["sha256"], now),
-        "plotly_js": get_plotlyjs() if curves or pretraining or evaluation or uses or audit else "",
+    }
+
+
+# What the template shows of a run that has only searched so far.
+_NOTHING: dict[str, Any] = {
+    "missing": [],
+    "gallery": None,
+    "steps": None,
+    "has_steps": False,
+    "classes": None,
+    "audit": None,
+    "uses": None,
+    "set": None,
+    "headline": {},
+    "evaluation": [],
+    "runs": None,
+    "charts": [],
+    "reproduce": None,
+    "provenance": [],
+}
+
+
+def _cost(directory: UPath) -> dict[str, Any]:
+    stages = stage_rows(read_json(directory / "stages.json") or {})
+    return {"stages": stages, "total_time": duration(sum(row.seconds for row in stages))}
+
+
+def _configuration(text: str) -> dict[str, Any]:
+    return {
+        "config_parts": _config_parts(text),
+        "config_uri": data_uri("text/plain", text.encode()),
+        "plotly_js": get_plotlyjs(),
     }
 
 

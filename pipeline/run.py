@@ -22,7 +22,8 @@ def main() -> None:
         )  # after the parsing: --help and a wrong option need none of this
 
         run = Run(command)
-        run.start()
+        if command.stages != ("plan",):  # which writes nothing
+            run.start()
         stages = run.stages()
         for name in command.stages:
             stages[name]()

@@ -221,6 +221,15 @@ def _add(tar: io.BytesIO, name: str, data: bytes) -> None:
     tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
 
 
+def tar_bytes(size: int) -> int:
+    """Bytes that an image of so many bytes takes in a shard, with its label; and, of size 0, about
+    what a shard's end takes.
+    """
+    if not size:
+        return tarfile.RECORDSIZE // 2 + 2 * tarfile.BLOCKSIZE
+    return 3 * tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
+
+
 def _header(name: str, size: int) -> bytes:
     raw_name, raw_size = name.encode(), b"%011o" % size
     blank = _blank_header()

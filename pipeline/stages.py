@@ -15,7 +15,7 @@ from ncfm import load
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from pipeline.audit import AuditJob, audit, audit_table
-from pipeline.config import Command, RunConfig, UsageError
+from pipeline.config import Command, RunConfig, UsageError, changed_command
 from pipeline.continual import continual_rows, continual_table, moments
 from pipeline.curate import CurateJob, curate
 from pipeline.distill import DistillJob, distill
@@ -23,6 +23,7 @@ from pipeline.evaluate import EvaluationTask, SetName, evaluate, run_tasks, tabl
 from pipeline.pretrain import PretrainJob, pretrain
 from pipeline.progress import append_rows, read_rows
 from pipeline.protocols import changes
+from pipeline.search import build_sampler, check_search, input_values
 from pipeline.search_proxy import proxy_content, proxy_table
 from pipeline.shard import shard, shard_identity
 from pipeline.sources import Source, open_source
@@ -35,6 +36,8 @@ from pipeline.stage import (
     run_stage,
     write_atomic,
 )
+from pipeline.tracking import TrackedRun, check_tracking, dotted
+from pipeline.trial import SweepJob, input_key
 from pipeline.workers import Workers, connect, size_workers
 
 
@@ -44,6 +47,10 @@ class Run:
     """
 
     def __init__(self, command: Command) -> None:
+        check_tracking(command.config.tracking)
+        if "tune" in command.stages:
+            check_search(command)
+        self.command = command
         self.config: RunConfig = command.config
         self.directory: UPath = self.config.run_directory
         self.toml = command.toml
@@ -57,6 +64,8 @@ class Run:
             "distill": lambda: self.distilled,
             "evaluate": self.evaluate,
             "report": self.report,
+            "tune": self.tune,
+            "plan": self.plan,
             "audit": self.audit,
             "continual": self.continual,
             "search-proxy": self.search_proxy,
@@ -172,6 +181,13 @@ class Run:
             runtime=cfg.runtime,
             ipc=cfg.ipc,
             seed=cfg.seed,
+            tracked=TrackedRun(
+                config=cfg.tracking,
+                name=self.directory.name,
+                identity=identity,
+                tensorboard=self.directory / "tensorboard" / "distill",
+                options=dotted(dataclasses.asdict(cfg)),
+            ),
         )
 
     @cached_property
@@ -493,13 +509,53 @@ class Run:
         _log(f"export: {directory}")
         return {}
 
+    # ------------------------------------------------------------------ tune
+
+    def tune(self) -> Manifest:
+        """Search over options; the best configurations are presets in <run>/tune/."""
+        from pipeline.tune import summary, trial_resources, tune, write_results
+
+        cfg = self.config
+        directory = self.directory / "tune"
+        sampler = build_sampler(cfg, directory)
+        held_out = cfg.source.selection_fraction or cfg.tune.selection_fraction
+        inputs = {}
+        for values in input_values(cfg.tune, sampler):
+            shared = {**values, "source.selection_fraction": held_out}
+            inputs[input_key(values)] = Run(changed_command(self.toml, shared)).distill_job()
+        sweep = SweepJob(name=self.directory.name, config=cfg, directory=directory, inputs=inputs)
+
+        def build() -> Manifest:
+            use_gpu = self._workers(1).use_gpu
+            resources = trial_resources(cfg.tune, use_gpu=use_gpu)
+            return tune(sweep, sampler, resources, storage=cfg.storage / "cache" / "ray")
+
+        jobs = {key: job.checkpoints.name for key, job in inputs.items()}
+        identity = fingerprint("tune", cfg.tune, cfg.evaluate.training, jobs)
+        manifest = self._stage("tune", directory, identity, build)
+        write_results(directory, manifest, cfg.tune, self.command)
+        _log(summary(manifest))
+        _log(f"[tune] best: python pipeline/run.py --config {directory / 'best.toml'}")
+        self.report()
+        return manifest
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self) -> Manifest:
+        """Tell what the run would need; nothing is started or written."""
+        from pipeline.plan import make_plan, told
+
+        _log(told(make_plan(self.config, self.source, self.toml), self.config))
+        return {}
+
     # ------------------------------------------------------------------ report
 
     def report(self) -> Manifest:
         """report.html of whatever the run's directory holds."""
         from pipeline.report import write_report  # plotly takes its time
 
-        if not (self.directory / "distilled" / "manifest.json").exists():
+        made = ("distilled/manifest.json", "tune/results.json")
+        if not any((self.directory / name).exists() for name in made):
             raise UsageError(f"nothing to report in {self.directory} yet: run distill first")
         path = write_report(self.directory)
         _log(f"report: {path}")

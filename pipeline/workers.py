@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",  # no escape codes in a job's log
+    "RAY_DEDUP_LOGS": "0",  # its "[repeated 2x across cluster]" is always green
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line of a worker comes twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }

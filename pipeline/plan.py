@@ -1,0 +1,200 @@
+"""Stage plan: what a run would need - disk, memory, network, time - before anything is started.
+
+Nothing is written and no cluster is joined. A sample of the source's images is encoded, and a probe
+takes a few steps on random images of the right shapes, as many probes at once as this machine would
+have workers. For another machine's GPU the time comes from a table.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.assignment import ClassCost, assign
+from pipeline.collectives import predicted_bytes
+from pipeline.config import RunConfig, UsageError
+from pipeline.pretrain import new_network
+from pipeline.probe import Answer, Request, image_spec, run_probes
+from pipeline.shard import plan as shard_plan
+from pipeline.shard_writer import encode, square, tar_bytes
+from pipeline.sources import SPLITS, Source
+from pipeline.stage import StageError
+from pipeline.stream import pool_sizes
+from pipeline.tables import duration, memory
+
+ENCODED = 128
+"""Images of the source that are encoded to learn their size."""
+
+
+SMALLEST_STEP = 0.05
+"""Steps with less than this part of the table's work are said to be beyond it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuTime:
+    """Seconds of a step of one measured configuration on a GPU."""
+
+    fixed_s: float  # psi off
+    psi_s: float  # psi on
+    flops: float  # of all its passes
+    source: str
+
+
+GPUS = {
+    "A100": GpuTime(
+        fixed_s=0.73,
+        psi_s=1.33,
+        # CIFAR-100, IPC 10: 100 classes of 500 real and, 4 a stored one, 40 decoded images, these
+        # with 6 passes; 101.9 MFLOP a pass of the ConvNet-3 of width 128 at 32 px.
+        flops=100 * (500 + 40 * 6) * 101.9e6,
+        source="paper, table 3: the released code, CIFAR-100, IPC 10; not measured by us",
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would need. Bytes, seconds."""
+
+    images: int
+    shard_bytes: int
+    workers: int
+    use_gpu: bool
+    memory: int  # a worker that distils
+    gpu_memory: int | None  # None: no GPU
+    network_bytes: int  # a step, all workers together, without metrics
+    step_s: float
+    step_source: str
+    distill_s: float
+    pretrain_s: float
+    evaluate_s: float
+
+
+def make_plan(config: RunConfig, source: Source, toml: str) -> Plan:
+    """Measure and add up. Raises UsageError for a GPU that the table does not have."""
+    if config.plan.gpu is not None and config.plan.gpu not in GPUS:
+        raise UsageError(
+            f"plan.gpu {config.plan.gpu!r} is not in the table: {', '.join(GPUS)}; "
+            "without it, this machine is measured"
+        )
+    counts = [0] * len(source.class_names)
+    for sample in source.samples("train"):
+        counts[sample.label] += 1
+    synthetic = config.ipc * config.synthetic.factor**2
+    calibrated = config.distill.calibration > 0
+    real = [min(n, config.distill.real_batch) for n in counts]
+    costs = [ClassCost.of(n, synthetic, calibrated=calibrated) for n in real]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count()
+    use_gpu = config.plan.gpu is not None or (gpus > 0 and config.use_gpu is not False)
+    here = gpus if gpus and use_gpu else cpus
+    most = sum(max(1, n // config.distill.chunk_size) for n in real)
+    workers = config.num_workers or min(here, most)
+    groups = assign(costs, workers)
+    busiest = max(groups, key=lambda group: group.cost(costs))
+    mine = [max(1, real[c] // len(busiest.ranks)) for c in busiest.classes]
+    answers = run_probes(
+        Request(
+            toml=toml,
+            classes=len(counts),
+            real=mine,
+            threads=1,
+            seconds=config.plan.probe_s,
+        ),
+        count=min(workers, here),
+    )
+    slowest = max(answers, key=lambda answer: answer.step_s)
+    size = config.shard.channels * config.shard.image_size**2
+    held = pool_sizes(counts, config.stream.memory_budget_mib * 2**20 // size)
+    pool_bytes = size * max(sum(held[c] for c in group.classes) for group in groups)
+    passes = max(group.cost(costs) for group in groups)
+    step_s, step_source = _step_time(config, slowest, passes)
+    spec = image_spec(config, len(counts))
+    trained = config.pretrain.networks * config.pretrain.training.epochs * sum(counts)
+    speed = step_s / slowest.step_s  # of another machine, by the same ratio as the steps
+    return Plan(
+        images=sum(len(source.samples(split)) for split in SPLITS),
+        shard_bytes=shard_bytes(config, source),
+        workers=workers,
+        use_gpu=use_gpu,
+        memory=max(answer.memory for answer in answers) + pool_bytes,
+        gpu_memory=(slowest.gpu_memory or slowest.working) if use_gpu else None,
+        network_bytes=predicted_bytes(
+            groups,
+            config.frequencies,
+            dim=new_network(config.model, spec, seed=0).num_features,
+            number_bytes=8 if config.distill.precision == "float64" else 4,
+        ),
+        step_s=step_s,
+        step_source=step_source,
+        distill_s=step_s * config.distill.num_steps,
+        pretrain_s=speed * slowest.train_image_s * trained / min(workers, config.pretrain.networks),
+        evaluate_s=speed * slowest.train_image_s * _evaluated(config, counts) / workers,
+    )
+
+
+def _step_time(config: RunConfig, probe: Answer, passes: float) -> tuple[float, str]:
+    if config.plan.gpu is None:
+        how = "measured" if probe.whole else "measured on a part of a step"
+        return probe.step_s, f"{how} on this machine, without the time on the network"
+    known, flops = GPUS[config.plan.gpu], passes * probe.pass_flops
+    source = f"scaled from {known.source}"
+    if flops < SMALLEST_STEP * known.flops:
+        source += "; too low, for so small a step does not fill a GPU"
+    return gpu_step_s(config.plan.gpu, config, flops), source
+
+
+def gpu_step_s(gpu: str, config: RunConfig, flops: float) -> float:
+    """Seconds of a step whose passes take so many FLOP, by the table."""
+    known = GPUS[gpu]
+    reference = known.psi_s if config.frequencies.sampler == "psi" else known.fixed_s
+    return reference * flops / known.flops
+
+
+def _evaluated(config: RunConfig, counts: list[int]) -> int:
+    """Images trained on in the evaluation, all networks and epochs."""
+    stored = config.ipc * len(counts)
+    decoded = stored * config.synthetic.factor**2
+    each = 2 * decoded + stored  # distilled, same-factor random, random
+    each += stored * config.evaluate.herding + decoded * config.curate.soft_labels
+    whole = config.evaluate.whole_epochs * sum(counts)
+    return config.evaluate.repeats * (config.evaluate.training.epochs * each + whole)
+
+
+def shard_bytes(config: RunConfig, source: Source) -> int:
+    """Bytes of all shards, from the encoded size of some images. Raises StageError if none of them
+    can be read.
+    """
+    samples = [sample for split in SPLITS for sample in source.samples(split)]
+    stride = max(1, len(samples) // ENCODED)
+    sizes = []
+    for sample in samples[stride // 2 :: stride]:
+        try:
+            image = source.read(sample)
+        except OSError:
+            continue  # the shard stage will list it
+        small = square(image, config.shard.image_size, config.shard.channels)
+        sizes.append(tar_bytes(len(encode(small, config.shard))))
+    if not sizes:
+        raise StageError(f"none of {ENCODED} images of the source can be read")
+    ends = len(shard_plan(source, config.shard.samples_per_shard)) * tar_bytes(0)
+    return round(sum(sizes) / len(sizes) * len(samples)) + ends
+
+
+def told(plan: Plan, config: RunConfig) -> str:
+    """The plan as lines of text."""
+    total = plan.pretrain_s + plan.distill_s + plan.evaluate_s
+    kind = "GPU" if plan.use_gpu else "CPU"
+    lines = [
+        ("shards on disk", f"{memory(plan.shard_bytes)} ({plan.images} images)"),
+        ("workers", f"{plan.workers}, a {kind} each"),
+        ("memory per worker", memory(plan.memory)),
+        ("GPU memory per worker", memory(plan.gpu_memory) if plan.use_gpu else "none"),
+        ("network per step", f"{plan.network_bytes:,} bytes, all workers together"),
+        ("step", f"{plan.step_s:.3g} s ({plan.step_source})"),
+        ("distillation", f"{duration(plan.distill_s)} ({config.distill.num_steps} steps)"),
+        ("pretraining", f"about {duration(plan.pretrain_s)}"),
+        ("evaluation", f"about {duration(plan.evaluate_s)}"),
+        ("all", f"about {duration(total)}, {total * plan.workers / 3600:.2g} {kind} hours"),
+    ]
+    return "\n".join(f"[plan] {name.ljust(22)} {value}" for name, value in lines)

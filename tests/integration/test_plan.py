@@ -1,0 +1,122 @@
+"""What `plan` predicts, against what runs really took."""
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from ncfm.images import ImageSpec
+from pipeline.assignment import ClassCost
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import PRESETS, UsageError, parse_command
+from pipeline.plan import GPUS, gpu_step_s, make_plan, shard_bytes, told
+from pipeline.probe import Answer, Request, forward_flops
+from pipeline.progress import read_rows
+from pipeline.stages import Run
+
+PRESET = """
+[shard]
+image_size = 32
+[model]
+width = 32
+[pretrain]
+networks = 2
+[pretrain.training]
+epochs = 1
+[distill]
+num_steps = 24
+real_batch = 64
+calibration = 0.0
+[frequencies]
+num_freqs = 256
+num_components = 16
+[runtime]
+log_every = 4
+"""
+
+
+def runner(folder: Path, *options: str) -> Run:
+    preset = folder / "plan.toml"
+    preset.write_text(PRESET)
+    storage = ["--storage_path", str(folder / "runs")]
+    return Run(parse_command(["plan", "--config", str(preset), *storage, *options]))
+
+
+@pytest.mark.long
+def test_disk_memory_network_and_time_are_as_predicted(ray_cluster: str, tmp_path: Path) -> None:
+    """A distillation by two workers."""
+    found = runner(tmp_path, "--num_workers", "2")
+    found.start()
+    _ = found.distilled
+    predicted = make_plan(found.config, found.source, found.toml)
+    final = load_checkpoint(found.distill_job().checkpoints)
+    assert final is not None
+    shards = found.shards["splits"].values()
+    made = sum(entry["bytes"] for part in shards for entry in part["shards"])
+    assert predicted.shard_bytes == pytest.approx(made, rel=0.25)
+    assert predicted.memory == pytest.approx(int(final["peak_rss_bytes"]), rel=0.25)
+    rows = [r for r in read_rows(found.directory / "metrics.jsonl") if r["stage"] == "distill"]
+    sent = statistics.median(row["distill/bytes_per_step"] for row in rows)
+    assert predicted.network_bytes == pytest.approx(sent, rel=0.25)
+    seconds = statistics.median(row["distill/step_s"] for row in rows[1:])  # the first warms up
+    assert predicted.step_s == pytest.approx(seconds, rel=0.25)
+
+
+def test_jpeg_shards_are_smaller_and_said_so(tmp_path: Path) -> None:
+    png, jpeg = (
+        runner(tmp_path, "--shard.encoding", encoding, "--shard.image_size", "64")
+        for encoding in ("png", "jpeg")
+    )
+    assert shard_bytes(jpeg.config, jpeg.source) < 0.8 * shard_bytes(png.config, png.source)
+
+
+@pytest.mark.parametrize(("sampler", "seconds"), [("gaussian", 0.73), ("psi", 1.33)])
+def test_the_table_gives_the_papers_time_for_the_papers_cell(sampler: str, seconds: float) -> None:
+    preset = str(PRESETS / "cifar100_ipc10.toml")
+    config = parse_command(
+        ["--config", preset, "--source.path", "x", "--frequencies.sampler", sampler]
+    ).config
+    spec = ImageSpec(
+        channels=3,
+        image_size=32,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        class_names=tuple(map(str, range(100))),
+    )
+    cost = ClassCost.of(500, 10 * 2**2, calibrated=True)
+    flops = 100 * (cost.shared + cost.own) * forward_flops(config, spec)
+    assert gpu_step_s("A100", config, flops) == pytest.approx(seconds, rel=0.01)
+
+
+def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(
+        step_s=1.0,
+        whole=True,
+        train_image_s=1e-3,
+        memory=2**30,
+        working=2**28,
+        gpu_memory=None,
+        pass_flops=10**8,
+    )
+    asked: list[tuple[Request, int]] = []
+
+    def answers(request: Request, count: int) -> list[Answer]:
+        asked.append((request, count))
+        return [answer] * count
+
+    monkeypatch.setattr("pipeline.plan.run_probes", answers)
+    monkeypatch.setattr("pipeline.plan.GPUS", {"X": GPUS["A100"]})
+    wrong = runner(tmp_path, "--plan.gpu", "A100")
+    with pytest.raises(UsageError, match="'A100' is not in the table: X"):
+        make_plan(wrong.config, wrong.source, wrong.toml)
+    before = {path.name for path in tmp_path.iterdir()}
+    found = runner(tmp_path, "--num_workers", "5")
+    plan = make_plan(found.config, found.source, found.toml)
+    assert asked[0][0].real == [64, 64], "each of five workers has two classes"
+    assert plan.distill_s == 24 * 1.0
+    assert plan.memory == 2**30 + 2 * 200 * 3 * 32**2, "and their images"
+    found = runner(tmp_path, "--plan.gpu", "X", "--num_workers", "1")
+    plan = make_plan(found.config, found.source, found.toml)
+    assert (plan.use_gpu, plan.gpu_memory) == (True, 2**28)
+    assert "not measured by us; too low" in told(plan, found.config)
+    assert {path.name for path in tmp_path.iterdir()} == before
