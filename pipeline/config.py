@@ -26,9 +26,9 @@ from pipeline.continual import ContinualConfig
 from pipeline.export_config import ExportConfig
 from pipeline.protocols import EvaluateConfig, settings
 from pipeline.search_proxy import SearchProxyConfig
-from pipeline.search_space import TuneConfig
 from pipeline.shard import ShardConfig
 from pipeline.sources import SourceConfig
+from pipeline.tuning.search_space import TuneConfig
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")

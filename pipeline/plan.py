@@ -15,12 +15,12 @@ from pipeline.collectives import predicted_bytes
 from pipeline.config import RunConfig, UsageError
 from pipeline.pretrain import new_network
 from pipeline.probe import Answer, Request, image_spec, run_probes
+from pipeline.reporting.tables import duration, memory
 from pipeline.shard import plan as shard_plan
 from pipeline.shard_writer import encode, square, tar_bytes
 from pipeline.sources import SPLITS, Source
 from pipeline.stage import StageError
 from pipeline.stream import pool_sizes
-from pipeline.tables import duration, memory
 
 ENCODED = 128
 """Images of the source that are encoded to learn their size."""

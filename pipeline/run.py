@@ -12,7 +12,7 @@ def main() -> None:
     """Run the stages that the command line asks for."""
     try:
         if sys.argv[1:2] == ["compare"]:
-            from pipeline.compare import compare_command
+            from pipeline.reporting.compare import compare_command
 
             print(compare_command(sys.argv[2:]))  # noqa: T201
             return

@@ -23,7 +23,6 @@ from pipeline.evaluate import EvaluationTask, SetName, evaluate, run_tasks, tabl
 from pipeline.pretrain import PretrainJob, pretrain
 from pipeline.progress import append_rows, read_rows
 from pipeline.protocols import changes
-from pipeline.search import build_sampler, check_search, input_values
 from pipeline.search_proxy import proxy_content, proxy_table
 from pipeline.shard import shard, shard_identity
 from pipeline.sources import Source, open_source
@@ -37,7 +36,8 @@ from pipeline.stage import (
     write_atomic,
 )
 from pipeline.tracking import TrackedRun, check_tracking, dotted
-from pipeline.trial import SweepJob, input_key
+from pipeline.tuning.search import build_sampler, check_search, input_values
+from pipeline.tuning.trial import SweepJob, input_key
 from pipeline.workers import Workers, connect, size_workers
 
 
@@ -513,7 +513,7 @@ class Run:
 
     def tune(self) -> Manifest:
         """Search over options; the best configurations are presets in <run>/tune/."""
-        from pipeline.tune import summary, trial_resources, tune, write_results
+        from pipeline.tuning.tune import summary, trial_resources, tune, write_results
 
         cfg = self.config
         directory = self.directory / "tune"
@@ -552,7 +552,7 @@ class Run:
 
     def report(self) -> Manifest:
         """report.html of whatever the run's directory holds."""
-        from pipeline.report import write_report  # plotly takes its time
+        from pipeline.reporting.report import write_report  # plotly takes its time
 
         made = ("distilled/manifest.json", "tune/results.json")
         if not any((self.directory / name).exists() for name in made):

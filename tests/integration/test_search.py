@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from pipeline.config import PRESETS, RunConfig, UsageError, changed_command, parse_command
-from pipeline.halving import verdicts
-from pipeline.search import (
+from pipeline.tuning.halving import verdicts
+from pipeline.tuning.search import (
     OptunaSampler,
     Outcome,
     RandomSampler,
@@ -23,8 +23,8 @@ from pipeline.search import (
     input_values,
     own_values,
 )
-from pipeline.search_space import Range, TuneConfig, integer_options, override, sample
-from pipeline.tune import pareto
+from pipeline.tuning.search_space import Range, TuneConfig, integer_options, override, sample
+from pipeline.tuning.tune import pareto
 
 SPACE = {
     "distill.lr": Range(loguniform=(1e-3, 1e-1)),
@@ -94,7 +94,7 @@ def test_options_that_must_fit_each_other_are_judged_together(tmp_path: Path) ->
 
 def test_optuna_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = command(tmp_path, '[tune]\nsampler = "optuna"\n[tune.space.ipc]\nchoice = [1]')
-    monkeypatch.setattr("pipeline.search.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.tuning.search.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'ncfm-ray\[optuna\]'"):
         check_search(found)
 

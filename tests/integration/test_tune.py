@@ -18,12 +18,12 @@ from pipeline.config import parse_command
 from pipeline.plan import shard_bytes
 from pipeline.pretrain import PretrainJob, pretrain_loop
 from pipeline.progress import read_rows
-from pipeline.search import build_sampler
-from pipeline.search_space import override
 from pipeline.stage import StageError
 from pipeline.stages import Run
-from pipeline.trial import SweepJob, input_key, run_trial
-from pipeline.tune import Board, Halving, Table, error_line
+from pipeline.tuning.search import build_sampler
+from pipeline.tuning.search_space import override
+from pipeline.tuning.trial import SweepJob, input_key, run_trial
+from pipeline.tuning.tune import Board, Halving, Table, error_line
 
 ROOT = Path(__file__).parents[2]
 PRESET = """
@@ -256,7 +256,7 @@ def test_a_search_without_a_success_is_an_error(
     def fail_all(board: Board, waiting: list[int], *_: object, **__: object) -> None:
         board.failed = {board.suggest(n) and n: "ValueError: no room" for n in waiting}
 
-    monkeypatch.setattr("pipeline.tune._run", fail_all)
+    monkeypatch.setattr("pipeline.tuning.tune._run", fail_all)
     failing = run(swept, "hopeless", IPC)
     with pytest.raises(StageError, match=r"no trial succeeded; the first: ValueError: no room"):
         failing.tune()

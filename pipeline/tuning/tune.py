@@ -27,11 +27,11 @@ from ray.tune.search import Searcher
 from upath import UPath
 
 from pipeline.config import STAGES, Command, UsageError, changed_command
-from pipeline.halving import Verdict, verdicts
-from pipeline.search import Outcome, Sampler, told
-from pipeline.search_space import TuneConfig, Values
 from pipeline.stage import Manifest, StageError, write_atomic
-from pipeline.trial import Result, SweepJob, TrialJob, run_trial
+from pipeline.tuning.halving import Verdict, verdicts
+from pipeline.tuning.search import Outcome, Sampler, told
+from pipeline.tuning.search_space import TuneConfig, Values
+from pipeline.tuning.trial import Result, SweepJob, TrialJob, run_trial
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig
 from pipeline.distill_loop import DistillJob, Loop
 from pipeline.progress import Progress, append_rows, read_rows
-from pipeline.search_space import INPUTS, Values, override
 from pipeline.stage import canonical_json, fingerprint, peak_rss_bytes, read_json, write_atomic
 from pipeline.stream import ShardSet, StreamedImages
 from pipeline.tracking import TrackedRun, Trackers
+from pipeline.tuning.search_space import INPUTS, Values, override
 from pipeline.workers import current_context
 
 Result = dict[str, Any]

@@ -8,15 +8,15 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 from upath import UPath
 
-from pipeline.charts import Chart
 from pipeline.config import UsageError
-from pipeline.gallery import data_uri
 from pipeline.progress import read_rows
-from pipeline.report import template
-from pipeline.result_charts import COLORS, overlay_chart
-from pipeline.sections import AUDIT_NAMES, NOTHING
+from pipeline.reporting.charts import Chart
+from pipeline.reporting.gallery import data_uri
+from pipeline.reporting.report import template
+from pipeline.reporting.result_charts import COLORS, overlay_chart
+from pipeline.reporting.sections import AUDIT_NAMES, NOTHING
+from pipeline.reporting.tables import SET_NAMES, duration, memory, stage_rows
 from pipeline.stage import read_json, write_atomic
-from pipeline.tables import SET_NAMES, duration, memory, stage_rows
 
 USAGE = "usage: python pipeline/run.py compare RUN RUN ... [--output compare.html]"
 TITLES = {"distill/ncfd": "Discrepancy (NCFD)", "distill/psi_objective": "Frequency sampler ψ"}

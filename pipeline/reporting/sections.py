@@ -6,18 +6,18 @@ from typing import Any
 from upath import UPath
 
 from ncfm import SyntheticSet
-from pipeline.charts import Chart
-from pipeline.gallery import Gallery, data_uri
 from pipeline.preview import preview_png
-from pipeline.result_charts import (
+from pipeline.reporting.charts import Chart
+from pipeline.reporting.gallery import Gallery, data_uri
+from pipeline.reporting.result_charts import (
     class_ncfd_chart,
     confusion_chart,
     continual_charts,
     proxy_chart,
 )
+from pipeline.reporting.tables import SET_NAMES
 from pipeline.snapshots import read_snapshots
 from pipeline.stage import read_json
-from pipeline.tables import SET_NAMES
 
 MAX_SHEET_CLASSES = 40  # of the pictures under the slider
 SHOWN_CLASSES, SHOWN_IMAGES = 3, 3  # best and worst classes, images of each

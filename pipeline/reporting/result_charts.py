@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pipeline.charts import BLUE, GREY, ORANGE, Chart, chart_layout, plain_figure
+from pipeline.reporting.charts import BLUE, GREY, ORANGE, Chart, chart_layout, plain_figure
 
 COLORS = (BLUE, ORANGE, "#2e9e6b", "#b058b8", "#b8860b", "#d04a6a", "#5a7f8f", GREY)
 MAX_TICKS = 30  # class names beside a chart
@@ -17,7 +17,7 @@ def _safe(text: str) -> str:
 
 
 def _legend(figure: go.Figure) -> None:
-    figure.updatechart_layout(
+    figure.update_layout(
         showlegend=True,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )
@@ -41,8 +41,8 @@ def confusion_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Ch
             hovertemplate="%{y} taken for %{x}: %{z:.1%}<extra></extra>",
         )
     )
-    figure.updatechart_layout(chart_layout(x="taken for", y="is"))
-    figure.updatechart_layout(height=min(680, 150 + 26 * len(names)), hovermode="closest")
+    figure.update_layout(chart_layout(x="taken for", y="is"))
+    figure.update_layout(height=min(680, 150 + 26 * len(names)), hovermode="closest")
     shown = len(names) <= MAX_TICKS
     figure.update_xaxes(type="category", showgrid=False, showticklabels=shown, tickangle=-45)
     figure.update_yaxes(type="category", showgrid=False, showticklabels=shown, autorange="reversed")
@@ -77,8 +77,8 @@ def class_ncfd_chart(
             marker={"size": 9, "color": color, "opacity": 0.85},
             hovertemplate="%{y}: %{x:.3g}",
         )
-    figure.updatechart_layout(chart_layout(x="NCFD", y=""))
-    figure.updatechart_layout(height=min(900, 110 + 22 * len(names)), hovermode="closest")
+    figure.update_layout(chart_layout(x="NCFD", y=""))
+    figure.update_layout(height=min(900, 110 + 22 * len(names)), hovermode="closest")
     figure.update_yaxes(
         type="category", autorange="reversed", showticklabels=len(names) <= MAX_TICKS
     )
@@ -114,7 +114,7 @@ def continual_charts(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
                 hovertemplate="%{y:.1f} %",
             )
             last.append(f"{label} {100 * mine[-1]['mean']:.1f} %")
-        figure.updatechart_layout(chart_layout(x="classes seen", y="accuracy, %"))
+        figure.update_layout(chart_layout(x="classes seen", y="accuracy, %"))
         figure.update_yaxes(rangemode="tozero")
         _legend(figure)
         charts.append(
@@ -146,10 +146,8 @@ def proxy_chart(content: Mapping[str, Any], labels: Mapping[str, str]) -> Chart:
             hovertemplate="%{text}: %{y:.1f} % (whole set %{x:.1f} %)",
         )
         found.append(f"{label} {'none' if rho is None else f'{rho:+.2f}'}")
-    figure.updatechart_layout(
-        chart_layout(x="accuracy on the whole set, %", y="on the small set, %")
-    )
-    figure.updatechart_layout(hovermode="closest")
+    figure.update_layout(chart_layout(x="accuracy on the whole set, %", y="on the small set, %"))
+    figure.update_layout(hovermode="closest")
     _legend(figure)
     return Chart(
         name="search-proxy",
@@ -175,7 +173,7 @@ def overlay_chart(key: str, title: str, curves: Mapping[str, Sequence[tuple[int,
             hovertemplate="%{y:.4g}",
         )
         ends.append(f"{run} {points[-1][1]:.3g}")
-    figure.updatechart_layout(chart_layout(x="step", y=""))
+    figure.update_layout(chart_layout(x="step", y=""))
     return Chart(
         name=key.replace("/", "-"),
         title=title,

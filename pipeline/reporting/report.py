@@ -13,13 +13,13 @@ from plotly.offline import get_plotlyjs
 from upath import UPath
 
 from ncfm import load
-from pipeline.charts import accuracy_chart, distillation_charts, pretraining_chart
-from pipeline.gallery import data_uri, gallery
 from pipeline.progress import read_rows
-from pipeline.search_charts import search
-from pipeline.sections import audit_section, class_section, steps_section, uses_section
+from pipeline.reporting.charts import accuracy_chart, distillation_charts, pretraining_chart
+from pipeline.reporting.gallery import data_uri, gallery
+from pipeline.reporting.search_charts import search
+from pipeline.reporting.sections import audit_section, class_section, steps_section, uses_section
+from pipeline.reporting.tables import SET_NAMES, duration, evaluation_rows, headline, stage_rows
 from pipeline.stage import read_json, write_atomic
-from pipeline.tables import SET_NAMES, duration, evaluation_rows, headline, stage_rows
 
 
 def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:

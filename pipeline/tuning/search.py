@@ -11,7 +11,9 @@ from upath import UPath
 
 from ncfm.seeding import keyed_seed
 from pipeline.config import Command, RunConfig, UsageError, changed_command, check_types
-from pipeline.search_space import (
+from pipeline.stage import fingerprint, read_json, write_atomic
+from pipeline.tracking import dotted
+from pipeline.tuning.search_space import (
     INPUTS,
     RUNG_OPTION,
     SEARCHED,
@@ -23,8 +25,6 @@ from pipeline.search_space import (
     override,
     sample,
 )
-from pipeline.stage import fingerprint, read_json, write_atomic
-from pipeline.tracking import dotted
 
 
 def check_search(command: Command) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pipeline.charts import BLUE, GREY, ORANGE, Chart, chart_layout, plain_figure
-from pipeline.search import told
+from pipeline.reporting.charts import BLUE, GREY, ORANGE, Chart, chart_layout, plain_figure
+from pipeline.tuning.search import told
 
 Row = Mapping[str, Any]
 

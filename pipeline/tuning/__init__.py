@@ -1,0 +1,1 @@
+"""The search: trials of the whole pipeline under Ray Tune."""
