@@ -7,7 +7,7 @@ group: each extracts its part of the real batch, the sums over the parts are add
 the same update of the same images. So only sums and psi's gradient cross the network, never images.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,12 +17,22 @@ from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig
 from ncfm.communication import Alone, Communicator, group_total
+from ncfm.compilation import can_compile
 from ncfm.discrepancy import CFSums, cf_from_sums, cf_sums, linear_mmd, ncfd
 from ncfm.extractors import ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler, psi_objective
 from ncfm.images import ImageSpec, to_unit
+from ncfm.memory import keep_freed_memory
 from ncfm.seeding import keyed_generator
+
+BLOCK_CHUNKS = 8  # chunks of synthetic images whose graph is kept at a time
+CHUNK_PIXELS = {"cpu": 2**13, "cuda": 2**19}  # an extractor's activations: about 0.5 KiB each
+GRAPH_PIXELS = 2**19
+COMPILE_FROM = 500  # steps
+
+Prepare = Callable[[Tensor, Tensor], Tensor]
+"""Images and the index of each one's class -> what the extractor gets: normalised, augmented."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -68,20 +78,24 @@ class DistillConfig:
     """Greatest absolute value of a pixel's gradient; none by default."""
     normalize_features: bool = True
     """L2-normalise every feature vector, so that one scale of frequencies fits all networks."""
-    chunk_size: int = 64
-    """Images in one pass of the extractor: what fits the cache (CPU) or fills the device (GPU)."""
-    graph_images: int = 4096
-    """Keep the graph of at most so many decoded synthetic images between the ascent and the
+    inner_steps: int = 1
+    """Minmax updates per step, all on the features of one real batch, which cost the most; each has
+    its own frequencies."""
+    chunk_size: int | None = None
+    """Images in one pass of the extractor. None: what fits the cache (CPU) or fills the device (see
+    `default_chunk`)."""
+    graph_images: int | None = None
+    """Keep the graph of at most so many decoded synthetic images between psi's ascent and the
     descent; beyond, their features are computed again, so that memory does not grow with the number
-    of classes.
-    """
-    compile: bool = False
-    """torch.compile the extractor: about twice as fast on a CPU, after half a minute."""
+    of classes. None: 512 at 32 px, 32 at 128."""
+    compile: bool | None = None
+    """torch.compile the extractor, about twice as fast on a CPU. None: in runs of at least 500
+    steps, which win its seconds back, and only where it works (it needs a C++ compiler)."""
     precision: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "real_batch", "chunk_size"):
-            if getattr(self, name) < 1:
+        for name in ("num_steps", "real_batch", "inner_steps", "chunk_size", "graph_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
@@ -95,6 +109,11 @@ class DistillConfig:
         for name in ("clip_grad_norm", "clip_grad_value"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def default_chunk(image_size: int, device: torch.device) -> int:
+    """Images in one pass of the extractor: 8 at 32 px on a CPU, 512 on a GPU; at least two."""
+    return max(2, CHUNK_PIXELS.get(device.type, CHUNK_PIXELS["cuda"]) // image_size**2)
 
 
 class Distiller:
@@ -133,9 +152,16 @@ class Distiller:
         }
         self.optimizer = self._image_optimizer()
         pool.to(self.dtype)
-        self._extract = (
-            torch.compile(self._features, dynamic=False) if config.compile else self._features
+        keep_freed_memory()
+        self.chunk_size = config.chunk_size or default_chunk(spec.image_size, self.device)
+        self.graph_images = config.graph_images or max(1, GRAPH_PIXELS // spec.image_size**2)
+        self.compiled = (
+            config.num_steps >= COMPILE_FROM and can_compile(self.device.type)
+            if config.compile is None
+            else config.compile
         )
+        body: Callable[[Tensor], Tensor] = pool.model.features
+        self._body = torch.compile(body, dynamic=False) if self.compiled else body
         dim = pool.model.num_features
         self.sampler = build_sampler(frequencies, dim, keyed_generator(seed, "psi_init"))
         self.sampler.to(self.device, self.dtype)
@@ -158,65 +184,86 @@ class Distiller:
     # ------------------------------------------------------------------ the step
 
     def update(self, real: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """One minmax step on real images: class index -> (N_c, C, H, W) uint8 or float in [0, 1].
+        """One step on real images: class index -> (N_c, C, H, W) uint8 or float in [0, 1].
 
         The members of a group are given the same batches and each extracts its part of them.
         Returns per-class sums over this worker's classes (detached, on the device; a member's share
-        of them), each to be divided by the number of classes once summed over the workers. Raises
-        NonFiniteLossError before any image is changed.
+        of them; of the last inner step), each to be divided by the number of classes once summed
+        over the workers. Raises NonFiniteLossError before that loss changes any image.
         """
         cfg, classes = self.config, list(self.images)
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
-        self.pool.blend(*self.pool.draw(self._generator("extractor"), cfg.blend))
+        member, beta = self.pool.draw(self._generator("extractor"), cfg.blend)
+        self.pool.blend(member, beta)
 
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
 
-        real_parts = self._my_parts([real[c] for c in classes])
-        with torch.no_grad():
-            extracted = [
-                self._extract_padded(prepare(to_unit(i.to(self.device)).to(self.dtype), g))
-                for i, g in _chunks(real_parts, cfg.chunk_size)
-            ]
-            none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype)
-            x = torch.cat(extracted or [none.to(self.device)]).split([len(p) for p in real_parts])
+        # At fixed frequencies the sums are all that an update needs of the real features.
+        features = self._real_features(self._my_parts([real[c] for c in classes]), prepare)
+        x: list[Tensor] = []
+        sums = None
+        if self.psi_optimizer is None and cfg.inner_steps == 1:
+            t = self._descent_frequencies(0)
+            sums = torch.cat([self._real_sums(part, t) for part in features])
+        else:
+            x = [rows for part in features for rows in part]
+        metrics: dict[str, Tensor] = {}
+        for inner in range(cfg.inner_steps):
+            if inner and cfg.calibration:
+                self.pool.blend(member, beta)  # calibration has another network
+            metrics = self._minmax(x, sums, prepare, inner)
+        self.step += 1
+        return metrics
 
+    def _minmax(
+        self, x: list[Tensor], sums: Tensor | None, prepare: Prepare, inner: int
+    ) -> dict[str, Tensor]:
+        """One ascent of psi and one descent of the images."""
+        cfg, members = self.config, self.communicator.members
         # Synthetic images, as leaves of their own: the graph reaches the pixels in chunks, not all
         # classes at once.
         stored = [p.detach().requires_grad_() for p in self.images.values()]
-        formed = self.factor**2
-        per_chunk = max(1, cfg.chunk_size // formed)
-
-        def synthetic_inputs() -> Iterator[Tensor]:
-            for images, group in _chunks(stored, per_chunk):
-                yield prepare(decode(images, self.factor), group.repeat_interleave(formed))
-
-        count = formed * sum(len(p) for p in stored)
-        keep_graph = self.psi_optimizer is None or count <= cfg.graph_images
-        with torch.set_grad_enabled(keep_graph):
-            chunks = [self._extract_padded(inputs) for inputs in synthetic_inputs()]
-        y = torch.cat(chunks).detach().requires_grad_()
-        y_parts = y.split([formed * len(p) for p in stored])
-
-        psi_value = self._ascend(x, [part.detach() for part in y_parts])
-        losses = self._discrepancies(x, y_parts)
-        self._check_finite(losses)
-        (y_grad,) = torch.autograd.grad(cfg.loss_weight * losses.sum(), y)
-        grads = y_grad.split([len(chunk) for chunk in chunks])
-        if keep_graph:
-            torch.autograd.backward(chunks, list(grads))
-        else:
-            for inputs, grad in zip(synthetic_inputs(), grads, strict=True):
-                self._extract_padded(inputs).backward(grad)
-        members = self.communicator.members
-        metrics = {"ncfd": losses.detach().sum() / members}
-        if psi_value is not None:
-            metrics["psi_objective"] = psi_value / members
+        counts = [self.factor**2 * len(p) for p in stored]
+        metrics: dict[str, Tensor] = {}
+        # Classes whose graph is there at one time: all, if psi ascends in between and they are few.
+        together = self.psi_optimizer is not None and sum(counts) <= self.graph_images
+        parts = _slices(counts, self.graph_images if together else BLOCK_CHUNKS * self.chunk_size)
+        known: list[list[Tensor]] = []
+        if self.psi_optimizer is not None:
+            with torch.set_grad_enabled(together):
+                known = [list(self._synthetic_features(stored, p, prepare)) for p in parts]
+            y = torch.cat([chunk.detach() for chunks in known for chunk in chunks]).split(counts)
+            metrics["psi_objective"] = self._ascend(x, list(y), inner) / members
+        t = self._descent_frequencies(inner)
+        total = group_total(self._real_sums(x, t) if sums is None else sums, self.communicator)
+        losses = []
+        for number, part in enumerate(parts):
+            keep_graph = sum(counts[part]) <= self.graph_images
+            if not known or (keep_graph and not together):
+                with torch.set_grad_enabled(keep_graph):
+                    chunks = list(self._synthetic_features(stored, part, prepare))
+            else:
+                chunks = known[number]
+            leaf = torch.cat([chunk.detach() for chunk in chunks]).requires_grad_()
+            values = self._discrepancies(total[part], leaf.split(counts[part]), t)
+            self._check_finite(values, part)
+            (grad,) = torch.autograd.grad(cfg.loss_weight * values.sum(), leaf)
+            losses.append(values.detach())
+            grads = iter(grad.split([len(chunk) for chunk in chunks]))
+            if keep_graph:
+                torch.autograd.backward(chunks, list(grads))
+                continue
+            for inputs in self._synthetic_inputs(stored, part, prepare):
+                again = [self._extract(images) for images in inputs]
+                torch.autograd.backward(again, [next(grads) for _ in again])
+        known.clear()
+        metrics["ncfd"] = torch.cat(losses).sum() / members
         if cfg.calibration:
-            metrics["calibration"] = self._calibrate(classes, stored, synthetic_inputs) / members
+            metrics["calibration"] = self._calibrate(stored, prepare) / members
 
-        for parameter, leaf in zip(self.images.values(), stored, strict=True):
-            parameter.grad = leaf.grad
+        for parameter, copy in zip(self.images.values(), stored, strict=True):
+            parameter.grad = copy.grad
             # Class by class: what a class does must not depend on which others share its worker.
             if cfg.clip_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameter, cfg.clip_grad_norm)
@@ -227,34 +274,41 @@ class Distiller:
         with torch.no_grad():
             for parameter in self.images.values():
                 parameter.clamp_(0, 1)
-        self.step += 1
         return metrics
 
     def _generator(self, purpose: str, *keys: int) -> torch.Generator:
         return keyed_generator(self.seed, purpose, self.step, *keys)
 
-    def _frequencies(self, ascent: int) -> Tensor:
-        """The step's frequencies (K, D), one set for all classes; each ascent has its own draws."""
-        generator = keyed_generator(self.seed, "frequencies", self.step, ascent, device=self.device)
+    def _frequencies(self, number: int) -> Tensor:
+        """Frequencies (K, D), one set for all classes; every ascent and descent of a step has its
+        own draw.
+        """
+        generator = keyed_generator(self.seed, "frequencies", self.step, number, device=self.device)
         frequencies: Tensor = self.sampler(generator)
         return frequencies.to(self.dtype)
+
+    def _descent_frequencies(self, inner: int) -> Tensor | None:
+        """Those of an inner step's descent, without a gradient; the linear MMD has none."""
+        if self.config.objective == "mmd":
+            return None
+        with torch.no_grad():
+            return self._frequencies((inner + 1) * (self.frequencies.ascents + 1) - 1)
 
     def _my_parts(self, batches: list[Tensor]) -> list[Tensor]:
         """This member's part of every class's batch; a part is empty if the batch is too small."""
         members, member = self.communicator.members, self.communicator.member
         return [batch.tensor_split(members)[member] for batch in batches]
 
-    def _ascend(self, x: tuple[Tensor, ...], y: list[Tensor]) -> Tensor | None:
+    def _ascend(self, x: list[Tensor], y: list[Tensor], inner: int = 0) -> Tensor:
         """(1) max: psi ascends on the current features, the images held fixed.
 
         Returns its objective, summed over the classes.
         """
-        if self.psi_optimizer is None:
-            return None
+        assert self.psi_optimizer is not None
         value = torch.zeros((), device=self.device, dtype=self.dtype)
         y = self._my_parts(y)  # all members have all of them: each sample's gradient counts once
         for ascent in range(self.frequencies.ascents):
-            t = self._frequencies(ascent)
+            t = self._frequencies(inner * (self.frequencies.ascents + 1) + ascent)
             sums_x, sums_y = self._group_sums(_stack_sums(x, t), _stack_sums(y, t))
             values = psi_objective(
                 cf_from_sums(sums_x),
@@ -264,7 +318,7 @@ class Distiller:
                 self.frequencies,
                 self.config.alpha,
             )
-            self._check_finite(values)
+            self._check_finite(values, slice(None))
             value = values.sum()
             parameters = list(self.sampler.parameters())
             grads = torch.autograd.grad(value / self.num_classes, parameters)
@@ -276,18 +330,22 @@ class Distiller:
             self.psi_optimizer.step()
         return value.detach()
 
-    def _discrepancies(self, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> Tensor:
-        """(2) min: the loss of each class, (classes,), under the updated psi."""
-        if self.config.objective == "mmd":
-            sums = [torch.cat([p.sum(0), p.new_full((1,), len(p))]) for p in x]
-            totals = group_total(torch.stack(sums), self.communicator)
-            means = totals[:, None, :-1] / totals[:, None, -1:]
+    def _real_sums(self, x: Sequence[Tensor], t: Tensor | None) -> Tensor:
+        """What the descent needs of real features: CF sums and sizes, (classes, 2 K + 1), or those
+        of the features, (classes, D + 1). They add up over the members of a group.
+        """
+        if t is None:
+            return torch.stack([torch.cat([p.sum(0), p.new_full((1,), len(p))]) for p in x])
+        return torch.cat(_stack_sums(x, t), -1)
+
+    def _discrepancies(self, real_sums: Tensor, y: tuple[Tensor, ...], t: Tensor | None) -> Tensor:
+        """(2) min: the loss of some classes, (classes,), under the updated psi."""
+        if t is None:
+            means = real_sums[:, None, :-1] / real_sums[:, None, -1:]
             return torch.stack([linear_mmd(a, b) for a, b in zip(means, y, strict=True)])
-        with torch.no_grad():
-            t = self._frequencies(self.frequencies.ascents)
-            (sums_x,) = self._group_sums(_stack_sums(x, t))
-        phi_x, phi_y = cf_from_sums(sums_x), cf_from_sums(_stack_sums(y, t))
-        return ncfd(phi_x, phi_y, self.config.alpha)
+        k = len(t)
+        phi_x = cf_from_sums(CFSums(*real_sums.split([k, k, 1], -1)))
+        return ncfd(phi_x, cf_from_sums(_stack_sums(y, t)), self.config.alpha)
 
     def _group_sums(self, *shares: CFSums) -> list[CFSums]:
         """The group's sums from the members' shares, in one message of (classes, 2 K + 1) each."""
@@ -297,52 +355,80 @@ class Distiller:
         k = shares[0].cos.shape[-1]
         return [CFSums(*rows.split([k, k, 1], -1)) for rows in total]
 
-    def _check_finite(self, values: Tensor) -> None:
+    def _check_finite(self, values: Tensor, part: slice) -> None:
         finite = torch.isfinite(values.detach())
         if not finite.all():
-            bad = [c for c, fine in zip(self.images, finite.tolist(), strict=True) if not fine]
+            classes = list(self.images)[part]
+            bad = [c for c, fine in zip(classes, finite.tolist(), strict=True) if not fine]
             raise NonFiniteLossError(self.step, bad)
 
-    def _calibrate(
-        self, classes: list[int], stored: list[Tensor], inputs: Callable[[], Iterator[Tensor]]
-    ) -> Tensor:
+    def _calibrate(self, stored: list[Tensor], prepare: Prepare) -> Tensor:
         """Add the gradient of the cross-entropy under the trained network of the step.
 
         Returns the entropy, summed over the classes.
         """
         index, _ = self.pool.draw(self._generator("extractor"))
         model = self.pool.blend(index, 1.0)
-        formed = self.factor**2
-        labels = torch.cat(
-            [
-                torch.full((formed * len(p),), c, device=self.device)
-                for c, p in zip(classes, stored, strict=True)
-            ]
-        )
-        weights = torch.cat([p.new_full((formed * len(p),), 1 / (formed * len(p))) for p in stored])
-        total, offset = torch.zeros((), device=self.device, dtype=self.dtype), 0
-        for images in inputs():
-            part = slice(offset, offset + len(images))
-            entropy = F.cross_entropy(model(images), labels[part], reduction="none")
-            loss = (entropy * weights[part]).sum()
+        counts = [self.factor**2 * len(p) for p in stored]
+        labels = torch.tensor(list(self.images)).repeat_interleave(torch.tensor(counts))
+        labels = labels.to(self.device)
+        weights = torch.cat([p.new_full((n,), 1 / n) for p, n in zip(stored, counts, strict=True)])
+        total, start = torch.zeros((), device=self.device, dtype=self.dtype), 0
+        for inputs in self._synthetic_inputs(stored, slice(None), prepare):
+            end = start + sum(map(len, inputs))
+            logits = model.classifier(torch.cat([self._raw_features(images) for images in inputs]))
+            entropy = F.cross_entropy(logits, labels[start:end], reduction="none")
+            loss = (entropy * weights[start:end]).sum()
             (self.config.calibration * loss).backward()
-            total, offset = total + loss.detach(), part.stop
+            total, start = total + loss.detach(), end
         return total
 
     # ------------------------------------------------------------------ features
 
-    def _features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.pool.model.features(images)
+    def _real_features(
+        self, batches: list[Tensor], prepare: Prepare
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Features (N_c, D) of the real images, some classes at a time."""
+        counts = [len(batch) for batch in batches]
+        none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype, device=self.device)
+        for part in _slices(counts, 8 * BLOCK_CHUNKS * self.chunk_size):
+            with torch.no_grad():
+                chunks = [
+                    self._extract(prepare(to_unit(i.to(self.device)).to(self.dtype), g))
+                    for i, g in _chunks(batches, part, self.chunk_size)
+                ]
+                yield torch.cat([none, *chunks]).split(counts[part])
+
+    def _synthetic_inputs(
+        self, stored: list[Tensor], part: slice, prepare: Prepare
+    ) -> Iterator[list[Tensor]]:
+        """What the extractor gets of these classes, in chunks; those of one list share their graph,
+        since a stored image is decoded as a whole.
+        """
+        formed = self.factor**2
+        for images, group in _chunks(stored, part, max(1, self.chunk_size // formed)):
+            inputs = prepare(decode(images, self.factor), group.repeat_interleave(formed))
+            yield list(inputs.split(self.chunk_size))
+
+    def _synthetic_features(
+        self, stored: list[Tensor], part: slice, prepare: Prepare
+    ) -> Iterator[Tensor]:
+        for inputs in self._synthetic_inputs(stored, part, prepare):
+            yield from map(self._extract, inputs)
+
+    def _extract(self, images: Tensor) -> Tensor:
+        """What is compared: features (N, D)."""
+        features = self._raw_features(images)
         return F.normalize(features, dim=-1) if self.config.normalize_features else features
 
-    def _extract_padded(self, images: Tensor) -> Tensor:
-        """Features (N, D). A compiled extractor sees one shape only: a smaller chunk is padded,
-        then cut.
+    def _raw_features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of at most a chunk. Compiled code sees one shape only: fewer images are
+        padded, then cut.
         """
-        if not self.config.compile:
-            return self._extract(images)
-        missing = self.config.chunk_size - len(images)
-        return self._extract(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(images)]
+        missing = self.chunk_size - len(images)
+        if not self.compiled or not missing:
+            return self._body(images)
+        return self._body(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(images)]
 
     # ------------------------------------------------------------------ state
 
@@ -392,32 +478,38 @@ class Distiller:
         }
 
 
-def _stack_sums(parts: tuple[Tensor, ...] | list[Tensor], t: Tensor) -> CFSums:
+def _stack_sums(parts: Sequence[Tensor], t: Tensor) -> CFSums:
     """The CF sums of several classes, parts (N_c, D) each, as one of shape (classes, K)."""
     sums = [cf_sums(part, t) for part in parts]
     return CFSums(*(torch.stack(field) for field in zip(*sums, strict=True)))
 
 
-def _chunks(parts: list[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk through tensors as if they were one: up to `size` rows, and the index of the part each
-    row is from.
+def _slices(counts: list[int], limit: int) -> list[slice]:
+    """Neighbouring parts, as many together as have up to `limit` rows, but at least one."""
+    slices, start = [], 0
+    for end in range(1, len(counts) + 1):
+        if end == len(counts) or sum(counts[start : end + 1]) > limit:
+            slices.append(slice(start, end))
+            start = end
+    return slices
+
+
+def _chunks(tensors: list[Tensor], part: slice, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk through some of the tensors as if they were one: up to `size` rows, and the index of the
+    tensor that each row is from.
     """
     rows: list[Tensor] = []
     groups: list[Tensor] = []
     room = size
-    for g, part in enumerate(parts):
-        for piece in part.split([min(room, len(part)), *_sizes(len(part) - room, size)]):
+    for g in range(*part.indices(len(tensors))):
+        start, length = 0, len(tensors[g])
+        while start < length:
+            piece = tensors[g][start : start + room]
             rows.append(piece)
             groups.append(torch.full((len(piece),), g))
-            room -= len(piece)
-            if room == 0:
+            start, room = start + len(piece), room - len(piece)
+            if not room:
                 yield torch.cat(rows), torch.cat(groups)
                 rows, groups, room = [], [], size
-    if room < size:
+    if rows:
         yield torch.cat(rows), torch.cat(groups)
-
-
-def _sizes(total: int, size: int) -> list[int]:
-    """`total` cut into pieces of `size` and a smaller last one."""
-    full, rest = divmod(max(total, 0), size)
-    return [size] * full + [rest] * bool(rest)

@@ -36,6 +36,8 @@ from pipeline.workers import current_context
 
 logger = logging.getLogger(__name__)
 
+FEWEST_IMAGES = 64  # real images a step that are worth a worker
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillJob:
@@ -73,8 +75,8 @@ class DistillJob:
         ]
 
     def most_workers(self) -> int:
-        """More workers than this would share classes in less than a chunk of images each."""
-        return sum(max(1, int(c.shared) // self.distill.chunk_size) for c in self.costs())
+        """More workers than this would share classes in fewer than `FEWEST_IMAGES` images each."""
+        return sum(max(1, int(c.shared) // FEWEST_IMAGES) for c in self.costs())
 
 
 def distill_loop(arguments: dict[str, Any]) -> None:

@@ -169,9 +169,10 @@ class TestKnownFaults:
         seen: list[Any] = []
         original: Callable[..., Any] = distiller._ascend
 
-        def spy(x: Any, y: Any) -> Any:
+        def spy(*arguments: Any) -> Any:
             before = [p.detach().clone() for p in distiller.sampler.parameters()]
-            values = [original(x, y), original(x, y)]  # the same draws, so the same objective
+            # the same draws, so the same objective
+            values = [original(*arguments), original(*arguments)]
             seen.append((before, values))
             return values[0]
 

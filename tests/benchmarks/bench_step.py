@@ -1,0 +1,242 @@
+"""The minmax step against the paper's own loop (reference_loop.py): ratios in one run, without Ray.
+
+    python tests/benchmarks/bench_step.py --out runs/bench [--cases 32 128] [--steps 5]
+
+Each variant lives in a process of its own, since allocators and compiled code outlast a step, and
+the variants take turns, a step each. Prints a table and writes step.json: median seconds, their
+ratio, MiB that a step takes beyond what its process holds between steps, and the FLOP rate beside
+that of this machine's convolutions alone.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference_loop import ReferenceLoop
+from torch.utils.flop_counter import FlopCounterMode
+
+from ncfm.augment import AugmentConfig
+from ncfm.distill import DistillConfig, Distiller
+from ncfm.extractors import ExtractorPool
+from ncfm.frequencies import FrequencyConfig
+from ncfm.images import ImageSpec
+from ncfm.models import Classifier, ModelConfig, build_model
+from ncfm.seeding import keyed_generator
+
+CASES: dict[str, dict[str, Any]] = {
+    "32": {"size": 32, "classes": 10, "real": 128, "ipc": 10},
+    "32-psi": {"size": 32, "classes": 10, "real": 128, "ipc": 10, "psi": True},
+    "128": {"size": 128, "classes": 10, "real": 32, "ipc": 1},
+    "128-psi": {"size": 128, "classes": 10, "real": 32, "ipc": 1, "psi": True},
+    "32-calibrated": {"size": 32, "classes": 10, "real": 128, "ipc": 10, "calibration": 1.0},
+    "32-batch256": {"size": 32, "classes": 10, "real": 256, "ipc": 20},
+    "32-classes100": {"size": 32, "classes": 100, "real": 128, "ipc": 10},
+    "32-classes100-psi": {"size": 32, "classes": 100, "real": 128, "ipc": 10, "psi": True},
+}
+
+
+def network(size: int, classes: int, seed: int) -> Classifier:
+    return build_model(ModelConfig(), num_classes=classes, channels=3, image_size=size, seed=seed)
+
+
+class Variant:
+    """What a process runs: one case, by our step or by the reference."""
+
+    def __init__(self, case: dict[str, Any], *, reference: bool, compiled: bool) -> None:
+        size, classes = case["size"], case["classes"]
+        self.case = case
+        spec = ImageSpec(
+            channels=3, image_size=size, mean=(0.5,) * 3, std=(0.25,) * 3,
+            class_names=tuple(map(str, range(classes))),
+        )  # fmt: skip
+        pairs = [
+            (network(size, classes, i).state_dict(), network(size, classes, 10 + i).state_dict())
+            for i in range(2)
+        ]
+
+        def images(count: int, c: int) -> torch.Tensor:
+            generator = keyed_generator(0, "bench", c)
+            shape = (count, 3, size, size)
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+        distiller = Distiller(
+            {c: images(case["ipc"], c).float() / 255 for c in range(classes)},
+            factor=2,
+            spec=spec,
+            pool=ExtractorPool(network(size, classes, 0), pairs),
+            seed=0,
+            config=DistillConfig(
+                calibration=case.get("calibration", 0.0), compile=compiled and not reference
+            ),
+            frequencies=FrequencyConfig(sampler="psi" if case.get("psi") else "gaussian"),
+            augment=AugmentConfig(),
+        )
+        self.real = {c: images(case["real"], 1000 + c) for c in range(classes)}
+        self.loop: Distiller | ReferenceLoop = distiller
+        if reference:
+            folder = Path(tempfile.mkdtemp())
+            for number, pair in enumerate(pairs):
+                torch.save(pair, folder / f"{number}.pt")
+            self.loop = ReferenceLoop(distiller, network(size, classes, 0), folder)
+
+    def step(self) -> float:
+        began = time.perf_counter()
+        self.loop.update(self.real)
+        return time.perf_counter() - began
+
+    def step_mib(self) -> float:
+        """MiB that a step takes at its height, beyond what is held before it."""
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the greatest so far
+        self.step()
+        return (_status("VmHWM") - before) / 1024
+
+    def gigaflop(self) -> float:
+        """Of the extractor in one step, with no more passes than the method needs: the real images
+        forward, the synthetic ones forward and back to the pixels.
+        """
+        size, classes = self.case["size"], self.case["classes"]
+        model = network(size, classes, 0).requires_grad_(False)
+        image = torch.zeros(1, 3, size, size, requires_grad=True)
+        with FlopCounterMode(display=False) as there:
+            features = model.features(image)
+        with FlopCounterMode(display=False) as back:
+            features.sum().backward()
+        one, way = there.get_total_flops(), back.get_total_flops()
+        synthetic = 4 * self.case["ipc"] * (2 if self.case.get("calibration") else 1)
+        return classes * (self.case["real"] * one + synthetic * (one + way)) / 1e9
+
+
+def _status(name: str) -> int:
+    """KiB of a line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise LookupError(name)
+
+
+def convolution_gflops() -> float:
+    """GFLOP a second of the widest convolution of ConvNet-3 alone."""
+    x, weight = torch.rand(16, 128, 16, 16), torch.rand(128, 128, 3, 3)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(50):
+            began = time.perf_counter()
+            torch.nn.functional.conv2d(x, weight, padding=1)
+            seconds.append(time.perf_counter() - began)
+    return 2 * 16 * 128 * 128 * 9 * 16 * 16 / statistics.median(seconds) / 1e9
+
+
+class Process:
+    """A Variant in a process of its own, asked through a pipe."""
+
+    def __init__(self, case: str, *options: str) -> None:
+        command = [sys.executable, __file__, "--serve", case, *options]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, what: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of a variant ended with {self.process.wait()}")
+        return float(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(case: str, *, reference: bool, compiled: bool) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints
+    variant = Variant(CASES[case], reference=reference, compiled=compiled)
+    for line in sys.stdin:
+        print(getattr(variant, line.strip())(), file=answers, flush=True)
+
+
+def compare(names: list[str], variants: list[str], steps: int) -> list[dict[str, Any]]:
+    """Rows of all cases and variants; the steps take turns, over all of them."""
+    processes = {
+        (name, variant): Process(name, *([] if variant == "eager" else [f"--{variant}"]))
+        for name in names
+        for variant in variants
+    }
+    for process in processes.values():
+        for _ in range(2):  # compile, warm up
+            process.ask("step")
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in processes}
+    for _ in range(steps):
+        for key, process in processes.items():
+            seconds[key].append(process.ask("step"))
+    rows = []
+    for (name, variant), process in processes.items():
+        row = {
+            "case": name,
+            "variant": variant,
+            "seconds": statistics.median(seconds[name, variant]),
+        }
+        row |= {"all_seconds": seconds[name, variant], "step_mib": process.ask("step_mib")}
+        rows.append({**row, "gflops": process.ask("gigaflop") / row["seconds"]})
+        process.close()
+    for row in rows:
+        plain = next(
+            (r for r in rows if (r["case"], r["variant"]) == (row["case"], "reference")), None
+        )
+        if plain is not None:
+            row["times_faster"] = plain["seconds"] / row["seconds"]
+            row["memory_ratio"] = row["step_mib"] / plain["step_mib"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["32", "32-psi", "128"])
+    parser.add_argument(
+        "--variants", nargs="+", choices=("reference", "eager", "compiled"),
+        default=["reference", "eager", "compiled"],
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--serve", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, reference=args.reference, compiled=args.compiled)
+        return
+    peak = convolution_gflops()
+    rows = compare(args.cases, args.variants, args.steps)
+    print(
+        f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} GFLOP/s"
+    )
+    for row in rows:
+        print(
+            f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
+            f"{row.get('times_faster', float('nan')):7.2f} {row['step_mib']:6.0f} "
+            f"{row.get('memory_ratio', float('nan')):6.2f} {row['gflops']:5.0f} "
+            f"({100 * row['gflops'] / peak:.0f} % of a convolution's)"
+        )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        result = {"threads": torch.get_num_threads(), "convolution_gflops": peak, "rows": rows}
+        (args.out / "step.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
