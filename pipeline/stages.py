@@ -14,6 +14,7 @@ from upath import UPath
 from ncfm import load
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
+from pipeline.assignment import most_workers
 from pipeline.audit import AuditJob, audit, audit_table
 from pipeline.config import Command, RunConfig, UsageError, changed_command
 from pipeline.continual import continual_rows, continual_table, moments
@@ -204,7 +205,7 @@ class Run:
 
         def build() -> Manifest:
             # Unless told otherwise, workers share a class only if each gets enough of it.
-            workers = self._workers(max(cfg.num_workers or 1, job.most_workers()))
+            workers = self._workers(max(cfg.num_workers or 1, most_workers(job.costs())))
             mine = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
             pool_rows = [
                 row
