@@ -39,7 +39,7 @@ from pipeline.stage import (
 from pipeline.tracking import TrackedRun, check_tracking, dotted
 from pipeline.tuning.search import build_sampler, check_search, input_values
 from pipeline.tuning.trial import SweepJob, input_key
-from pipeline.workers import Workers, connect, size_workers
+from pipeline.workers import Workers, connect, set_ray_environment, size_workers
 
 
 class Run:
@@ -514,6 +514,7 @@ class Run:
 
     def tune(self) -> Manifest:
         """Search over options; the best configurations are presets in <run>/tune/."""
+        set_ray_environment()
         from pipeline.tuning.tune import summary, trial_resources, tune, write_results
 
         cfg = self.config
