@@ -30,6 +30,9 @@ BLOCK_CHUNKS = 8  # chunks of synthetic images whose graph is kept at a time
 CHUNK_PIXELS = {"cpu": 2**13, "cuda": 2**19}  # an extractor's activations: about 0.5 KiB each
 GRAPH_PIXELS = 2**19
 COMPILE_FROM = 500  # steps
+GRADIENT_GRID = 2.0**-44
+"""Each class's part of psi's gradient is rounded to multiples of this, far below Adam's epsilon of
+1e-8. In float64, sums of such numbers are exact up to 2^53 of it, 512."""
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
 """Images and the index of each one's class -> what the extractor gets: normalised, augmented."""
@@ -314,7 +317,12 @@ class Distiller:
         y = self._my_parts(y)  # all members have all of them: each sample's gradient counts once
         for ascent in range(self.frequencies.ascents):
             t = self._frequencies(inner * (self.frequencies.ascents + 1) + ascent)
-            sums_x, sums_y = self._group_sums(_stack_sums(x, t), _stack_sums(y, t))
+            shares = [
+                torch.cat([*cf_sums(a, t), *cf_sums(b, t)]) for a, b in zip(x, y, strict=True)
+            ]
+            total = group_total(torch.stack(shares).detach(), self.communicator).requires_grad_()
+            cos_x, sin_x, size_x, cos_y, sin_y, size_y = total.split(2 * [len(t), len(t), 1], -1)
+            sums_x, sums_y = CFSums(cos_x, sin_x, size_x), CFSums(cos_y, sin_y, size_y)
             values = psi_objective(
                 cf_from_sums(sums_x),
                 cf_from_sums(sums_y),
@@ -325,15 +333,24 @@ class Distiller:
             )
             self._check_finite(values, slice(None))
             value = values.sum()
-            parameters = list(self.sampler.parameters())
-            grads = torch.autograd.grad(value / self.num_classes, parameters)
-            flat = self.communicator.sum_all(torch.cat([g.reshape(-1) for g in grads]))
-            for parameter, grad in zip(
-                parameters, flat.split([p.numel() for p in parameters]), strict=True
-            ):
-                parameter.grad = grad.view_as(parameter)
+            (slopes,) = torch.autograd.grad(value / self.num_classes, total)
+            self._set_psi_gradient(shares, slopes)
             self.psi_optimizer.step()
         return value.detach()
+
+    def _set_psi_gradient(self, shares: list[Tensor], slopes: Tensor) -> None:
+        """psi's gradient, summed over all classes on all workers: class by class, and rounded, so
+        that it is the same number in whatever order the classes are added up.
+        """
+        parameters = list(self.sampler.parameters())
+        sizes = [p.numel() for p in parameters]
+        total = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+        for share, slope in zip(shares, slopes, strict=True):
+            grads = torch.autograd.grad(share, parameters, slope, retain_graph=True)
+            total += torch.cat([g.flatten() for g in grads]).double().div_(GRADIENT_GRID).round_()
+        total = (self.communicator.sum_all(total) * GRADIENT_GRID).to(self.dtype)
+        for parameter, grad in zip(parameters, total.split(sizes), strict=True):
+            parameter.grad = grad.view_as(parameter)
 
     def _real_sums(self, x: Sequence[Tensor], t: Tensor | None) -> Tensor:
         """What the descent needs of real features: CF sums and sizes, (classes, 2 K + 1), or those
@@ -351,14 +368,6 @@ class Distiller:
         k = len(t)
         phi_x = cf_from_sums(CFSums(*real_sums.split([k, k, 1], -1)))
         return ncfd(phi_x, cf_from_sums(_stack_sums(y, t)), self.config.alpha)
-
-    def _group_sums(self, *shares: CFSums) -> list[CFSums]:
-        """The group's sums from the members' shares, in one message of (classes, 2 K + 1) each."""
-        if self.communicator.members == 1:
-            return list(shares)
-        total = group_total(torch.stack([torch.cat(s, -1) for s in shares]), self.communicator)
-        k = shares[0].cos.shape[-1]
-        return [CFSums(*rows.split([k, k, 1], -1)) for rows in total]
 
     def _check_finite(self, values: Tensor, part: slice) -> None:
         finite = torch.isfinite(values.detach())

@@ -3,9 +3,10 @@
 In a step with psi on, every ascent sums psi's gradient over all W workers; a group of m > 1 workers
 that share C_g classes sums its CF sums, (2 K + 1) numbers a class, for the real and the synthetic
 features of every ascent, and once more for the real ones of the descent. A ring all-reduce of B
-bytes over n workers sends 2 (n - 1) B bytes in total. With P parameters of psi (F bytes a number)
+bytes over n workers sends 2 (n - 1) B bytes in total. With P parameters of psi (whose sums have 8
+bytes a number, the others F)
 
-    bytes a step = 2 F [ascents P (W - 1) + sum_g (m_g - 1) C_g (2 K + 1) (2 ascents + 1)]
+    bytes a step = 2 [8 ascents P (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) (2 ascents + 1)]
 
 and the metrics, a few numbers of 8 bytes and one for each worker, every `log_every` steps. With psi
 off and no class shared, nothing else crosses at all. Images never do.
@@ -107,8 +108,6 @@ def predicted_bytes(
     parameters = frequencies.hidden * (frequencies.noise_dim + 1) + dim * (frequencies.hidden + 1)
     workers = sum(len(group.ranks) for group in groups)
     shared = sum((len(group.ranks) - 1) * len(group.classes) for group in groups)
-    return (
-        2
-        * number_bytes
-        * (ascents * parameters * (workers - 1) + shared * width * (2 * ascents + 1))
+    return 2 * (
+        8 * ascents * parameters * (workers - 1) + number_bytes * shared * width * (2 * ascents + 1)
     )

@@ -24,7 +24,7 @@ from pipeline.workers import current_context
 
 WORLD = 4
 STEPS = 30
-# A step of AdamW has the size of lr even where a gradient is nothing but rounding, and a ReLU may
+# Where no class is shared the results are the same bits. Else: a step of AdamW has the size of lr even where a gradient is nothing but rounding, and a ReLU may
 # fall on the other side of zero in another chunk: then float32 images of two runs part by about lr,
 # which is why lr is far above the tolerance. With these seeds they differ by 4e-7.
 CONFIG = dataclasses.replace(EVERYTHING, lr=2e-3, num_steps=STEPS)
@@ -145,12 +145,13 @@ def test_as_many_workers_as_one(results: Path, run: tuple[str, str]) -> None:
     distiller, metrics = distil(case, variant, tuple(classes_of(case)))
     expected, workers = distiller.state_dict(), load(results, run)
     tolerance = 1e-4 if variant == "float32" else 1e-9
+    shared = any(len(group.ranks) > 1 for group in CASES[case][0])  # else bit for bit
     seen = set()
     for worker in workers:
         for key, value in worker["state"].items():
             if key.endswith("images") or key.startswith("psi/"):
                 # Adam divides a gradient by its own size: rounding in a small one of psi grows.
-                allowed = tolerance * (10 if key.startswith("psi/") else 1)
+                allowed = tolerance * (10 if key.startswith("psi/") else 1) * shared
                 torch.testing.assert_close(value, expected[key], atol=allowed, rtol=0)
                 seen.add(key)
     assert {f"class/{c}/images" for c in classes_of(case)} <= seen
