@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
 from ncfm.images import ImageSource, ImageSpec, to_unit
+from ncfm.memory import keep_freed_memory
 from ncfm.seeding import keyed_generator
 
 
@@ -74,6 +75,7 @@ def train(
     """
     if len(data) == 0 or (tail is not None and len(tail) == 0):
         raise ValueError("there is no image to train on")
+    keep_freed_memory()
     model.to(device).train()
     optimizer, augment = _optimizer(model, config), Augment(config.augment)
     for epoch in range(config.epochs):

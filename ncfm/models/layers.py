@@ -2,11 +2,14 @@
 
 from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Norm = Literal["instance", "batch", "group", "none"]
 
 GROUPS = 4  # of group norm, as in DC
+WIDEST_PRODUCT = 256  # px; its cost grows with the cube of the size, that of a kernel as the square
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
@@ -29,6 +32,24 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
             return nn.GroupNorm(GROUPS, channels)
         case "none":
             return nn.Identity()
+
+
+class AveragePool(nn.Module):
+    """2x2 average pooling, as nn.AvgPool2d(2): (N, C, H, W) -> (N, C, H // 2, W // 2).
+
+    PyTorch's kernel for a CPU is not vectorised: it took a third of a ConvNet's training step.
+    There, a matrix product makes one row of every two, several times as fast both ways.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        height, width = x.shape[-2:]
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling()  # which fuses it
+        if plain or height % 2 or width % 2 or width > WIDEST_PRODUCT:
+            return F.avg_pool2d(x, 2)
+        half = torch.eye(width // 2, dtype=x.dtype, device=x.device).div_(4).repeat_interleave(2, 0)
+        rows = x.contiguous().view(*x.shape[:-2], height // 2, 2 * width)
+        return rows @ half.repeat(2, 1)
 
 
 def padded_size(image_size: int) -> int:
