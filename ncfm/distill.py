@@ -116,6 +116,11 @@ def default_chunk(image_size: int, device: torch.device) -> int:
     return max(2, CHUNK_PIXELS.get(device.type, CHUNK_PIXELS["cuda"]) // image_size**2)
 
 
+def default_graph_images(image_size: int) -> int:
+    """Decoded synthetic images whose graph is kept: 512 at 32 px, 32 at 128."""
+    return max(1, GRAPH_PIXELS // image_size**2)
+
+
 class Distiller:
     """Synthetic images of some classes, their optimiser, psi, and the step that updates them.
 
@@ -154,7 +159,7 @@ class Distiller:
         pool.to(self.dtype)
         keep_freed_memory()
         self.chunk_size = config.chunk_size or default_chunk(spec.image_size, self.device)
-        self.graph_images = config.graph_images or max(1, GRAPH_PIXELS // spec.image_size**2)
+        self.graph_images = config.graph_images or default_graph_images(spec.image_size)
         self.compiled = (
             config.num_steps >= COMPILE_FROM and can_compile(self.device.type)
             if config.compile is None

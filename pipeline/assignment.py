@@ -14,6 +14,8 @@ SYNTHETIC_PASSES = 3.0
 SHARING_GAIN = 1.1
 """Sharing classes that need not be shared must be predicted to be this much faster: every member
 holds the real images of all of its group's classes."""
+FEWEST_IMAGES = 64
+"""Real images of a class and step that are worth a worker of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,11 @@ def assign(costs: Sequence[ClassCost], workers: int) -> tuple[Group, ...]:
         plans += [_divide(costs, order, count, workers) for count in range(most - 1, 0, -1)]
     lowest = min(cost for _, cost in plans)
     return next(groups for groups, cost in plans if cost <= SHARING_GAIN * lowest)
+
+
+def most_workers(costs: Sequence[ClassCost]) -> int:
+    """More workers than this would share classes in fewer than `FEWEST_IMAGES` images each."""
+    return sum(max(1, int(c.shared) // FEWEST_IMAGES) for c in costs)
 
 
 def _cost(classes: Sequence[ClassCost], members: int) -> float:

@@ -36,8 +36,6 @@ from pipeline.workers import current_context
 
 logger = logging.getLogger(__name__)
 
-FEWEST_IMAGES = 64  # real images a step that are worth a worker
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistillJob:
@@ -73,10 +71,6 @@ class DistillJob:
             ClassCost.of(min(n, self.distill.real_batch), synthetic, calibrated=calibrated)
             for n in counts
         ]
-
-    def most_workers(self) -> int:
-        """More workers than this would share classes in fewer than `FEWEST_IMAGES` images each."""
-        return sum(max(1, int(c.shared) // FEWEST_IMAGES) for c in self.costs())
 
 
 def distill_loop(arguments: dict[str, Any]) -> None:

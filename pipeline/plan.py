@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.assignment import ClassCost, assign
+from pipeline.assignment import ClassCost, assign, most_workers
 from pipeline.collectives import predicted_bytes
 from pipeline.config import RunConfig, UsageError
 from pipeline.pretrain import new_network
@@ -88,8 +88,7 @@ def make_plan(config: RunConfig, source: Source, toml: str) -> Plan:
     gpus = torch.cuda.device_count()
     use_gpu = config.plan.gpu is not None or (gpus > 0 and config.use_gpu is not False)
     here = gpus if gpus and use_gpu else cpus
-    most = sum(max(1, n // config.distill.chunk_size) for n in real)
-    workers = config.num_workers or min(here, most)
+    workers = config.num_workers or min(here, most_workers(costs))
     groups = assign(costs, workers)
     busiest = max(groups, key=lambda group: group.cost(costs))
     mine = [max(1, real[c] // len(busiest.ranks)) for c in busiest.classes]

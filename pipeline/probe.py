@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncfm.distill import Distiller
+from ncfm.distill import Distiller, default_graph_images
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.train import train
-from pipeline.assignment import ClassCost
+from pipeline.assignment import FEWEST_IMAGES, ClassCost
 from pipeline.config import RunConfig, changed_command
 from pipeline.pretrain import new_network
 from pipeline.stage import StageError, peak_rss_bytes
@@ -100,7 +100,8 @@ class _Part:
     def kept(self, config: RunConfig) -> int:
         """Decoded synthetic images whose graph is in memory at once."""
         decoded = len(self.real) * self.ipc * config.synthetic.factor**2
-        return min(decoded, config.distill.graph_images)
+        most = config.distill.graph_images or default_graph_images(config.shard.image_size)
+        return min(decoded, most)
 
 
 def probe(request: Request) -> Answer:
@@ -116,7 +117,7 @@ def probe(request: Request) -> Answer:
     pool = ExtractorPool(network, [(state, state)] * config.pretrain.networks, device=device)
     before = peak_rss_bytes()
     whole = _Part(request.real, config.ipc)
-    small = _Part(request.real[:1], 1).scaled(min(1.0, config.distill.chunk_size / request.real[0]))
+    small = _Part(request.real[:1], 1).scaled(min(1.0, FEWEST_IMAGES / request.real[0]))
     first = _time_steps(config, spec, pool, small, device, steps=1)
     steps = config.plan.max_steps
     expected = first * whole.passes(config) / small.passes(config) * (1 + steps)

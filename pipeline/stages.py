@@ -14,6 +14,7 @@ from upath import UPath
 from ncfm import load
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
+from pipeline.assignment import most_workers
 from pipeline.audit import AuditJob, audit, audit_table
 from pipeline.config import Command, RunConfig, UsageError, changed_command
 from pipeline.continual import continual_rows, continual_table, moments
@@ -38,7 +39,7 @@ from pipeline.stage import (
 from pipeline.tracking import TrackedRun, check_tracking, dotted
 from pipeline.tuning.search import build_sampler, check_search, input_values
 from pipeline.tuning.trial import SweepJob, input_key
-from pipeline.workers import Workers, connect, size_workers
+from pipeline.workers import Workers, connect, set_ray_environment, size_workers
 
 
 class Run:
@@ -204,7 +205,7 @@ class Run:
 
         def build() -> Manifest:
             # Unless told otherwise, workers share a class only if each gets enough of it.
-            workers = self._workers(max(cfg.num_workers or 1, job.most_workers()))
+            workers = self._workers(max(cfg.num_workers or 1, most_workers(job.costs())))
             mine = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
             pool_rows = [
                 row
@@ -513,6 +514,7 @@ class Run:
 
     def tune(self) -> Manifest:
         """Search over options; the best configurations are presets in <run>/tune/."""
+        set_ray_environment()
         from pipeline.tuning.tune import summary, trial_resources, tune, write_results
 
         cfg = self.config

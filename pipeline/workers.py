@@ -23,6 +23,8 @@ from pipeline.config import UsageError
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
+    # Or under `uv run` every worker would start in a copy of the project, installed anew.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",  # no escape codes in a job's log
     "RAY_DEDUP_LOGS": "0",  # its "[repeated 2x across cluster]" is always green
@@ -66,16 +68,21 @@ class Workers:
         return "cuda" if self.use_gpu else "cpu"
 
 
+def set_ray_environment() -> None:
+    """Set what is not set of ENVIRONMENT: before Ray's first import, when it reads some of it."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as in a submitted job), or start one on this
     machine.
     """
+    set_ray_environment()
     import ray
 
     if ray.is_initialized():
         return
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)  # its notices; errors of a run are exceptions
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.ERROR)

@@ -71,6 +71,7 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
                 **_NOTHING,
                 "name": name,
                 "search": found,
+                "plotly_js": get_plotlyjs(),
                 **_cost(directory),
                 **_configuration(config_toml),
             }
@@ -122,6 +123,9 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         if evaluation
         else None,
         "charts": [*curves, *([pretraining] if pretraining else [])],
+        "plotly_js": get_plotlyjs()
+        if curves or pretraining or evaluation or uses or audit or found
+        else "",
         **cost,
         "search": found,
         **_configuration(config_toml),
@@ -158,7 +162,6 @@ def _configuration(text: str) -> dict[str, Any]:
     return {
         "config_parts": _config_parts(text),
         "config_uri": data_uri("text/plain", text.encode()),
-        "plotly_js": get_plotlyjs(),
     }
 
 

@@ -24,6 +24,7 @@ import torch
 from reference_loop import ReferenceLoop
 from torch.utils.flop_counter import FlopCounterMode
 
+import ncfm.distill
 from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
@@ -54,6 +55,8 @@ class Variant:
     def __init__(self, case: dict[str, Any], *, reference: bool, compiled: bool) -> None:
         size, classes = case["size"], case["classes"]
         self.case = case
+        if reference:  # the plain loop leaves the allocator as it is
+            ncfm.distill.keep_freed_memory = lambda: False
         spec = ImageSpec(
             channels=3, image_size=size, mean=(0.5,) * 3, std=(0.25,) * 3,
             class_names=tuple(map(str, range(classes))),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,39 +177,8 @@ def test_killed_on_four_and_resumed_on_two(
     torch.testing.assert_close(images, undisturbed, atol=1e-4, rtol=0)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-def test_twenty_random_moments(runs: Runs, undisturbed: torch.Tensor, joined: None) -> None:
-    """Workers and drivers, at any moment of a run: also while it starts, or writes a checkpoint."""
-    name, draw, kills = "random", random.Random(0), 0
-    while True:
-        process = runs.start(name, "--num_workers", "2", "--runtime.max_failures", "-1")
-        victim = draw.choice(["worker", "driver"]) if kills < 20 else "nobody"
-        if victim == "driver":
-            wait_for(lambda: bool(train_workers(os.getpid())))
-            time.sleep(draw.uniform(0, 8))
-            process.kill()
-            kills += 1
-        elif victim == "worker":
-            wait_for(lambda: bool(train_workers(os.getpid())))
-            time.sleep(draw.uniform(0, 8))
-            for pid in train_workers(os.getpid())[:1]:
-                os.kill(pid, signal.SIGKILL)
-                kills += 1
-            time.sleep(draw.uniform(0, 20))
-            process.kill()
-        code = process.wait()
-        wait_for(lambda: not train_workers(os.getpid()))
-        if code == 0:
-            images = ncfm.load(runs.folder / "runs" / name / "distilled").images
-            assert torch.equal(images, undisturbed)
-            if kills >= 20:
-                return
-            name = f"random-{kills}"
-
-
 @pytest.fixture
-def two_nodes() -> Iterator[object]:
+def two_nodes() -> Iterator[Any]:
     """A cluster of this test's own, its head without CPUs: workers are on the other node."""
     import ray
     from ray.cluster_utils import Cluster
@@ -233,22 +203,60 @@ def two_nodes() -> Iterator[object]:
             cluster.shutdown()
 
 
+def replace_node(cluster: Any) -> None:
+    """Kill the node that has the workers, with all its processes, and start another."""
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(num_cpus=4)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_killed_node(
-    undisturbed: torch.Tensor, runs: Runs, two_nodes: object, request: pytest.FixtureRequest
-) -> None:
-    """Last in this file: it takes the session's cluster down and uses its own."""
-    cluster: object = two_nodes
+def test_a_killed_node(undisturbed: torch.Tensor, runs: Runs, two_nodes: Any) -> None:
+    """This test and the next take the session's cluster down and use their own: the last ones."""
     images: list[torch.Tensor] = []
     thread = threading.Thread(
         target=lambda: images.append(runs.finish("node", "--num_workers", "2"))
     )
     thread.start()
     wait_for(lambda: runs.reached("node", 10))
-    node = cluster.worker_nodes.copy().pop()  # type: ignore[attr-defined]
-    cluster.remove_node(node, allow_graceful=False)  # type: ignore[attr-defined]
-    cluster.add_node(num_cpus=4)  # type: ignore[attr-defined]
+    replace_node(two_nodes)
     thread.join(600)
     assert images
     assert torch.equal(images[0], undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_twenty_random_moments(runs: Runs, two_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers, drivers and nodes, at any moment: also while a run starts or writes a checkpoint."""
+    options = ("--num_workers", "2", "--runtime.max_failures", "-1", "--distill.num_steps", "400")
+    undisturbed = runs.finish("undisturbed-400", *options)
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+    draw, kills, victims = random.Random(0), 0, ("worker", "driver", "node")
+    name = "random"
+    while True:
+        process = runs.start(name, *options)
+        for _ in range(20 - kills):
+            while process.poll() is None and not train_workers(os.getpid()):
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 12))
+            if process.poll() is not None:
+                break  # it had ended before it could be killed
+            kills, victim = kills + 1, victims[kills % 3]
+            if victim == "node":
+                replace_node(two_nodes)
+            elif victim == "worker":
+                for pid in train_workers(os.getpid())[:1]:
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                process.kill()
+                break
+        code = process.wait()
+        wait_for(lambda: not train_workers(os.getpid()))  # Ray ends what belonged to a driver
+        if code == 0:
+            images = ncfm.load(runs.folder / "runs" / name / "distilled").images
+            assert torch.equal(images, undisturbed)
+            name = f"random-{kills}"
+            if kills == 20:
+                return

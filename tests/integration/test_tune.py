@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -303,7 +302,8 @@ def test_killed_at_three_moments_it_ends_the_same(
 
     def start(name: str) -> subprocess.Popen[bytes]:
         script = [sys.executable, str(ROOT / "pipeline/run.py"), "tune", "--config", str(preset)]
-        return subprocess.Popen([*script, *storage, "--name", name], env=os.environ.copy())
+        with (swept / "killed.log").open("ab") as log:
+            return subprocess.Popen([*script, *storage, "--name", name], stdout=log, stderr=log)
 
     def rungs(name: str) -> int:
         return len(list((swept / "runs" / name / "tune/trials").glob("*/rung-*.json")))
@@ -324,3 +324,6 @@ def test_killed_at_three_moments_it_ends_the_same(
     whole, resumed = (without_times(results(swept, name)) for name in ("undisturbed", "killed"))
     assert resumed == whole
     assert {row["status"] for row in whole} == {"finished", "stopped"}
+    log = (swept / "killed.log").read_bytes()
+    assert b"select %" in log
+    assert b"\x1b" not in log, "a job's log has no escape codes"
