@@ -21,6 +21,7 @@ from ncfm.distill import Distiller
 from ncfm.formation import decode
 from ncfm.frequencies import ScaleMixture, psi_objective
 from ncfm.models import Classifier
+from ncfm.models.layers import AveragePool
 from ncfm.seeding import keyed_generator
 
 
@@ -30,6 +31,15 @@ def discrepancy(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     real = angles_x.cos().mean(0) - angles_y.cos().mean(0)
     imag = angles_x.sin().mean(0) - angles_y.sin().mean(0)
     return ((real.square() + imag.square()) / 2 + 1e-24).sqrt().mean()
+
+
+def plain(model: Classifier) -> Classifier:
+    """The network, in place, in PyTorch's own layers."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, AveragePool):
+                setattr(parent, name, nn.AvgPool2d(2))
+    return model
 
 
 class ReferenceLoop:
@@ -42,7 +52,7 @@ class ReferenceLoop:
         """`weights` holds pairs of state dicts, <n>.pt = (initial, trained); `model` is a network
         of that kind, its parameters trainable as a network's are.
         """
-        self.like, self.model, self.weights = distiller, model.eval(), weights
+        self.like, self.model, self.weights = distiller, plain(model).eval(), weights
         self.images = {c: nn.Parameter(p.detach().clone()) for c, p in distiller.images.items()}
         cfg = distiller.config
         self.optimizer = torch.optim.AdamW(
