@@ -45,6 +45,6 @@ class ConvNet(Classifier):
                 nn.Conv2d(inputs, width, 3, padding=padding),
                 norm_layer(norm, width),
                 nn.ReLU(inplace=True),
-                AveragePool(),
+                AveragePool(size >> block),
             ]
         super().__init__(nn.Sequential(*layers), width * side**2, num_classes)

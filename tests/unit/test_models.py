@@ -218,15 +218,16 @@ def test_norm_statistics(norm: str, dims: tuple[int, ...], images_32: Tensor) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("height", "width"), [(2, 2), (8, 8), (4, 6), (7, 7), (6, 5), (2, WIDEST_PRODUCT + 2)]
+    ("side", "height", "width"),
+    [(2, 2, 2), (8, 8, 8), (7, 7, 7), (8, 6, 5), (WIDEST_PRODUCT + 2, WIDEST_PRODUCT + 2, 2)],
 )
 def test_average_pool_is_torchs_and_so_is_its_gradient(
-    height: int, width: int, dtype: torch.dtype
+    side: int, height: int, width: int, dtype: torch.dtype
 ) -> None:
     x = torch.randn(2, 3, height, width, dtype=dtype)
     for images in (x, x.mT.contiguous().mT, x.to(memory_format=torch.channels_last)):
         ours, theirs = (images.detach().requires_grad_() for _ in range(2))
-        y, expected = AveragePool()(ours), avg_pool2d(theirs, 2)
+        y, expected = AveragePool(side)(ours), avg_pool2d(theirs, 2)
         torch.testing.assert_close(y, expected)
         (y.square().sum() + y[..., 0].sum()).backward()
         (expected.square().sum() + expected[..., 0].sum()).backward()
