@@ -99,11 +99,11 @@ class ReferenceLoop:
             metrics[name] = metrics.get(name, 0.0) + value.item()
 
         last = like.frequencies.ascents if self.psi_optimizer is None else 0
-        t = self.psi(self._generator("frequencies", last))
+        t = self.psi(self._generator("frequencies", last)).to(like.dtype)
         psi_gradients = []
         for group, c in enumerate(self.images):
             with torch.no_grad():
-                x = self._features(augmented(real[c].float() / 255, group))
+                x = self._features(augmented((real[c].float() / 255).to(like.dtype), group))
             y = self._features(augmented(decode(self.images[c], like.factor), group))
             loss = discrepancy(x, y, t)
             add("ncfd", loss)
