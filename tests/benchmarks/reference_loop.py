@@ -120,6 +120,7 @@ class ReferenceLoop:
             value.backward(retain_graph=True)  # once more through the whole graph; t has others
             self.images[c].grad = images_gradient
             psi_gradients.append([p.grad for p in self.psi.parameters()])
+            self.psi_optimizer.zero_grad()  # lets go of them: the next class must not add to these
             del x, y, loss, value  # and the graph, before the next class makes its own
         if self.psi_optimizer is not None:
             for parameter, *grads in zip(self.psi.parameters(), *psi_gradients, strict=True):
