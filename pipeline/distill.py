@@ -3,7 +3,7 @@
 import io
 
 import torch
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 from upath import UPath
 
 from ncfm.synthetic import SyntheticSet
@@ -77,7 +77,8 @@ def write_set(directory: UPath, result: SyntheticSet) -> None:
         folder = directory / "images" / result.class_names[label].replace("/", "_").strip(".")
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        to_pil_image((image * 255).round().to(torch.uint8)).save(buffer, format="PNG")
+        pixels = (image * 255).round().byte().permute(1, 2, 0).squeeze(-1)  # grey has two axes
+        Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
         (folder / f"{number}.png").write_bytes(buffer.getvalue())
     (directory / "preview.png").write_bytes(
         preview_png(result.images, result.labels, result.class_names)

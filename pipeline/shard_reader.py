@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from upath import UPath
 
 from ncfm.images import ImageSpec, InMemoryImages
@@ -122,6 +121,8 @@ def _decode(encoded: Tensor, suffix: str, *, channels: int) -> Tensor:
     if suffix == "npy":
         pixels = np.load(io.BytesIO(encoded.numpy().tobytes()), allow_pickle=False)
         return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    from torchvision.io import ImageReadMode, decode_image  # 1.4 s, which the driver can do without
+
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
     image: Tensor = decode_image(encoded, mode)
     return image

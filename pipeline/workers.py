@@ -99,11 +99,6 @@ def connect() -> None:
             dashboard_host="127.0.0.1",
             dashboard_port=port,
         )
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
 
 
 def _free_port() -> int:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ncfm.models.classifier import Classifier
-from ncfm.models.layers import Norm, first_padding, norm_layer, padded_size
+from ncfm.models.layers import AveragePool, Norm, first_padding, norm_layer, padded_size
 
 
 def default_depth(image_size: int) -> int:
@@ -45,6 +45,6 @@ class ConvNet(Classifier):
                 nn.Conv2d(inputs, width, 3, padding=padding),
                 norm_layer(norm, width),
                 nn.ReLU(inplace=True),
-                nn.AvgPool2d(2),
+                AveragePool(size >> block),
             ]
         super().__init__(nn.Sequential(*layers), width * side**2, num_classes)

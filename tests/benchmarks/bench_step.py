@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference_loop import ReferenceLoop
+from reference_loop import ReferenceLoop, plain
 from torch.utils.flop_counter import FlopCounterMode
 
 import ncfm.distill
@@ -109,7 +109,7 @@ class Variant:
         forward, the synthetic ones forward and back to the pixels.
         """
         size, classes = self.case["size"], self.case["classes"]
-        model = network(size, classes, 0).requires_grad_(False)
+        model = plain(network(size, classes, 0)).requires_grad_(False)
         image = torch.zeros(1, 3, size, size, requires_grad=True)
         with FlopCounterMode(display=False) as there:
             features = model.features(image)

@@ -21,6 +21,7 @@ from ncfm.distill import Distiller
 from ncfm.formation import decode
 from ncfm.frequencies import ScaleMixture, psi_objective
 from ncfm.models import Classifier
+from ncfm.models.layers import AveragePool
 from ncfm.seeding import keyed_generator
 
 
@@ -30,6 +31,15 @@ def discrepancy(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     real = angles_x.cos().mean(0) - angles_y.cos().mean(0)
     imag = angles_x.sin().mean(0) - angles_y.sin().mean(0)
     return ((real.square() + imag.square()) / 2 + 1e-24).sqrt().mean()
+
+
+def plain(model: Classifier) -> Classifier:
+    """The network, in place, in PyTorch's own layers."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, AveragePool):
+                setattr(parent, name, nn.AvgPool2d(2))
+    return model
 
 
 class ReferenceLoop:
@@ -42,7 +52,7 @@ class ReferenceLoop:
         """`weights` holds pairs of state dicts, <n>.pt = (initial, trained); `model` is a network
         of that kind, its parameters trainable as a network's are.
         """
-        self.like, self.model, self.weights = distiller, model.eval(), weights
+        self.like, self.model, self.weights = distiller, plain(model).eval(), weights
         self.images = {c: nn.Parameter(p.detach().clone()) for c, p in distiller.images.items()}
         cfg = distiller.config
         self.optimizer = torch.optim.AdamW(
@@ -89,11 +99,11 @@ class ReferenceLoop:
             metrics[name] = metrics.get(name, 0.0) + value.item()
 
         last = like.frequencies.ascents if self.psi_optimizer is None else 0
-        t = self.psi(self._generator("frequencies", last))
+        t = self.psi(self._generator("frequencies", last)).to(like.dtype)
         psi_gradients = []
         for group, c in enumerate(self.images):
             with torch.no_grad():
-                x = self._features(augmented(real[c].float() / 255, group))
+                x = self._features(augmented((real[c].float() / 255).to(like.dtype), group))
             y = self._features(augmented(decode(self.images[c], like.factor), group))
             loss = discrepancy(x, y, t)
             add("ncfd", loss)
@@ -110,6 +120,7 @@ class ReferenceLoop:
             value.backward(retain_graph=True)  # once more through the whole graph; t has others
             self.images[c].grad = images_gradient
             psi_gradients.append([p.grad for p in self.psi.parameters()])
+            self.psi_optimizer.zero_grad()  # lets go of them: the next class must not add to these
             del x, y, loss, value  # and the graph, before the next class makes its own
         if self.psi_optimizer is not None:
             for parameter, *grads in zip(self.psi.parameters(), *psi_gradients, strict=True):

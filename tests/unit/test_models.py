@@ -7,11 +7,11 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, instance_norm, pad
+from torch.nn.functional import avg_pool2d, conv2d, instance_norm, pad
 
 from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.models.from_torchvision import TorchvisionClassifier, torchvision_names
-from ncfm.models.layers import norm_layer
+from ncfm.models.layers import WIDEST_PRODUCT, AveragePool, norm_layer
 
 NAMES = ("convnet", "alexnet", "vgg11", "resnet18")
 SIZES = (28, 32, 64, 96, 128, 224)
@@ -214,6 +214,24 @@ def test_norm_statistics(norm: str, dims: tuple[int, ...], images_32: Tensor) ->
     scale, shift = layer.weight.view(3, 1, 1), layer.bias.view(3, 1, 1)
     expected = (images_32 - mean) / (variance + 1e-5).sqrt() * scale + shift
     torch.testing.assert_close(layer(images_32), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("side", "height", "width"),
+    [(2, 2, 2), (8, 8, 8), (7, 7, 7), (8, 6, 5), (WIDEST_PRODUCT + 2, WIDEST_PRODUCT + 2, 2)],
+)
+def test_average_pool_is_torchs_and_so_is_its_gradient(
+    side: int, height: int, width: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, 3, height, width, dtype=dtype)
+    for images in (x, x.mT.contiguous().mT, x.to(memory_format=torch.channels_last)):
+        ours, theirs = (images.detach().requires_grad_() for _ in range(2))
+        y, expected = AveragePool(side)(ours), avg_pool2d(theirs, 2)
+        torch.testing.assert_close(y, expected)
+        (y.square().sum() + y[..., 0].sum()).backward()
+        (expected.square().sum() + expected[..., 0].sum()).backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,10 +1,12 @@
 """The training loop, the evaluation, and the baselines."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
 
+import ncfm.train
 from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding, herding_set, random_set
 from ncfm.evaluate import evaluate_once
@@ -50,6 +52,33 @@ def test_training_follows_the_seed_alone() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_parts_of_a_batch_make_the_step_of_the_whole(
+    norm: Literal["instance", "batch"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to rounding; statistics of a batch are those of all of it."""
+    config = dataclasses.replace(QUICK, epochs=2, cutmix_prob=0.5, augment=AugmentConfig())
+    kind, sizes = dataclasses.replace(MODEL, norm=norm), set()
+
+    def trained(images: int) -> tuple[torch.Tensor, list[float]]:
+        monkeypatch.setattr(ncfm.train, "PART_PIXELS", images * SPEC.image_size**2)
+        model = build_model(kind, num_classes=2, channels=1, image_size=8, seed=0).double()
+        model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+        reports: list[EpochReport] = []
+        data = two_classes(40, 0)
+        data = InMemoryImages(data.images.double() / 255, data.labels)
+        train(model, data, SPEC, config, seed=0, report=reports.append)
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return weights, [value for r in reports for value in (r.loss, r.accuracy)]
+
+    whole, whole_reports = trained(16)
+    assert sizes == {16, 8}
+    parts, reports = trained(5)
+    assert sizes == ({16, 8} if norm == "batch" else {16, 8, 4})
+    torch.testing.assert_close(parts, whole, atol=1e-9, rtol=0)
+    assert reports == pytest.approx(whole_reports, rel=1e-5)
 
 
 def test_soft_labels_are_learned() -> None:
