@@ -24,8 +24,8 @@ from pipeline.workers import current_context
 
 WORLD = 4
 STEPS = 30
-# Where no class is shared the results are the same bits. Else: a step of AdamW has the size of lr even where a gradient is nothing but rounding, and a ReLU may
-# fall on the other side of zero in another chunk: then float32 images of two runs part by about lr,
+# Where no class is shared, the results are the same bits. Else: a step of AdamW has the size of lr
+# even where a gradient is nothing but rounding; float32 images of two runs then part by about lr,
 # which is why lr is far above the tolerance. With these seeds they differ by 4e-7.
 CONFIG = dataclasses.replace(EVERYTHING, lr=2e-3, num_steps=STEPS)
 
