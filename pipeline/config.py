@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -315,6 +316,10 @@ class _Parser(ArgumentParser):
         line = " ".join(message.split())
         line = re.sub(r"<class '(\w+)'>", r"\1", line.replace("<class 'NoneType'>", "nothing"))
         line = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", line)
+        if line.startswith("unrecognized arguments: "):
+            given = line.split()[2].partition("=")[0]
+            near = get_close_matches(given, self._option_string_actions, n=1, cutoff=0.75)
+            line += f"; did you mean {near[0]}?" if near else "; --help lists all options"
         raise UsageError(re.sub(r'Parser key "([\w.]+)"', r"--\1", line)) from ex
 
 
