@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
-from pipeline.reporting.charts import BLUE, GREY, ORANGE, Chart, chart_layout, plain_figure
+from pipeline.reporting.charts import BLUE, ORANGE, Chart, chart_layout, plain_figure
 from pipeline.tuning.search import told
 
 Row = Mapping[str, Any]
@@ -83,54 +84,85 @@ def learning_curves(rows: Sequence[Row]) -> Chart | None:
 
 
 def coordinates_chart(rows: Sequence[Row], space: Sequence[str]) -> Chart | None:
-    """Parallel coordinates: each line a trial, through its values to its accuracy."""
+    """Parallel coordinates: each line a trial, through its values to its accuracy.
+
+    Lines of our own: plotly's kind for it needs WebGL, which not every browser has.
+    """
     rows = [row for row in rows if row["accuracy"] is not None]
     if len(rows) < 2:
         return None
-    accuracies = [100 * row["accuracy"] for row in rows]
-    dimensions = [_dimension(key, [row["values"][key] for row in rows]) for key in space]
-    dimensions.append({"label": "accuracy, %", "values": accuracies})
-    line = {"color": accuracies, "colorscale": [[0, ORANGE], [1, BLUE]]}
-    font = {"color": GREY, "size": 12}
-    lines = go.Parcoords(
-        dimensions=dimensions,
-        line=line,
-        labelfont=font,
-        tickfont=font,
-        rangefont={"color": "rgba(0,0,0,0)", "size": 1},
+    axes = [_axis(key, [row["values"][key] for row in rows]) for key in space]
+    axes.append(_axis("accuracy", [round(100 * row["accuracy"], 1) for row in rows]))
+    scale = [[0, ORANGE], [1, BLUE]]
+    traces = [
+        go.Scatter(
+            x=list(range(len(axes))),
+            y=[axis.places[n] for axis in axes],
+            text=[f"{axis.key} {axis.texts[n]}" for axis in axes],
+            mode="lines+markers",
+            line={"width": 1.5, "color": sample_colorscale(scale, axes[-1].places[n])[0]},
+            opacity=0.8,
+            hovertemplate=f"trial {row['trial']}: %{{text}}<extra></extra>",
+        )
+        for n, row in enumerate(rows)
+    ]
+    figure = go.Figure(traces, chart_layout(x="", y=""))
+    figure.update_layout(height=340, hovermode="closest")
+    short = [axis.key.rpartition(".")[2] for axis in axes]
+    labels = [
+        axis.key.replace(".", "<br>") if short.count(name) > 1 else name
+        for axis, name in zip(axes, short, strict=True)
+    ]
+    figure.update_xaxes(
+        tickvals=list(range(len(axes))),
+        ticktext=labels,
+        tickangle=0,
+        range=[-0.5, len(axes) - 0.5],
     )
-    figure = go.Figure([lines], chart_layout(x="", y=""))
-    figure.update_layout(height=340, margin={"l": 60, "r": 60, "t": 50, "b": 20})
+    figure.update_yaxes(visible=False, range=[-0.15, 1.15])
+    for number, axis in enumerate(axes):
+        for place, text in axis.ticks.items():
+            anchor = "top" if place == 0 else "bottom"  # clear of the lines
+            figure.add_annotation(
+                x=number,
+                y=place,
+                text=text,
+                showarrow=False,
+                yanchor=anchor,
+                yshift=-4 if place == 0 else 4,
+            )
     return Chart(
         name="tune-coordinates",
         title="Values and accuracy",
-        note="Each line is a trial; drag along an axis to choose some. Stopped trials end with the "
-        "accuracy at the rung that stopped them.",
+        note="Each line is a trial, the bluer the better. Stopped trials end with the accuracy at "
+        "the rung that stopped them.",
         summary=f"{len(rows)} trials over {', '.join(space)}.",
         figure=plain_figure(figure),
     )
 
 
-def _dimension(key: str, values: Sequence[Any]) -> dict[str, Any]:
-    label = key.rpartition(".")[2].replace("_", " ")
+@dataclass(frozen=True)
+class _Axis:
+    key: str
+    places: list[float]  # of the trials, in [0, 1]
+    texts: list[str]
+    ticks: dict[float, str]
+
+
+def _axis(key: str, values: Sequence[Any]) -> _Axis:
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         low, high = min(values), max(values)
-        if low > 0 and high / low > LOG_SPREAD:
-            ticks = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            return {
-                "label": label,
-                "values": [math.log10(v) for v in values],
-                "tickvals": list(ticks),
-                "ticktext": [f"{10.0**tick:g}" for tick in ticks],
-            }
-        return {"label": label, "values": [float(v) for v in values]}
-    names = sorted({str(value) for value in values})
-    return {
-        "label": label,
-        "values": [names.index(str(value)) for value in values],
-        "tickvals": list(range(len(names))),
-        "ticktext": names,
-    }
+        logarithmic = low > 0 and high / low > LOG_SPREAD
+        places = [math.log(v) if logarithmic else float(v) for v in values]
+        texts = [f"{v:.3g}" for v in values]
+    else:
+        texts = [str(v) for v in values]
+        places = [float(sorted(set(texts)).index(text)) for text in texts]
+    least, span = min(places), max(places) - min(places)
+    places = [(place - least) / span if span else 0.5 for place in places]
+    ends = (min(places), max(places))
+    named = [(p, t) for p, t in zip(places, texts, strict=True) if len(set(texts)) < 5 or p in ends]
+    return _Axis(key.replace("_", " "), places, texts, dict(named))
 
 
 def pareto_chart(rows: Sequence[Row], front: Sequence[Row]) -> Chart:
