@@ -77,32 +77,6 @@ def judge(
     return Judgement(result.confusion, max([*tested, result.accuracy]))
 
 
-def evaluate_once(
-    train_on: ImageSource,
-    test_on: ImageSource,
-    spec: ImageSpec,
-    *,
-    model: ModelConfig,
-    training: TrainConfig,
-    seed: int,
-    device: torch.device | str = "cpu",
-    tail: ImageSource | None = None,
-    tail_epochs: int = 0,
-) -> float:
-    """The accuracy in [0, 1] of `judge`: of the last epoch, never best-on-test."""
-    return judge(
-        train_on,
-        test_on,
-        spec,
-        model=model,
-        training=training,
-        seed=seed,
-        device=device,
-        tail=tail,
-        tail_epochs=tail_epochs,
-    ).accuracy
-
-
 @torch.no_grad()
 def confusion_matrix(
     model: nn.Module,

@@ -15,7 +15,7 @@ import torch
 from upath import UPath
 
 from ncfm.distill import NonFiniteLossError
-from ncfm.evaluate import evaluate_once
+from ncfm.evaluate import judge
 from ncfm.images import InMemoryImages
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
@@ -101,7 +101,7 @@ class TrialJob:
         synthetic = SyntheticSet(images, labels, job.synthetic.factor, shards.spec)
         held_out = StreamedImages(shards, "select", job.stream.memory_budget_mib * 2**20)
         return [
-            evaluate_once(
+            judge(
                 InMemoryImages(*synthetic.decode()),
                 held_out,
                 shards.spec,
@@ -109,7 +109,7 @@ class TrialJob:
                 training=self.training,
                 seed=keyed_seed(job.seed, "tune", repeat),
                 device=current_context().device,
-            )
+            ).accuracy
             for repeat in range(self.repeats)
         ]
 

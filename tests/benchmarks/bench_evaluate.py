@@ -25,7 +25,7 @@ from reference_loop import plain
 
 import ncfm.evaluate
 import ncfm.train
-from ncfm.evaluate import evaluate_once
+from ncfm.evaluate import judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, ModelConfig, build_model
 from pipeline.config import PRESETS, parse_command
@@ -73,7 +73,7 @@ def serve(case: str, variant: str, pipe: Connection) -> None:
         settings = dataclasses.replace(training, epochs=epochs)
         model: ModelConfig = config.model
         began = time.perf_counter()
-        result = evaluate_once(*sets, spec, model=model, training=settings, seed=seed)
+        result = judge(*sets, spec, model=model, training=settings, seed=seed).accuracy
         return time.perf_counter() - began, result
 
     train(0, 1)  # warm up

@@ -23,7 +23,7 @@ from torch import Tensor
 from ncfm.augment import AugmentConfig
 from ncfm.baselines import random_set
 from ncfm.distill import DistillConfig, Distiller
-from ncfm.evaluate import evaluate_once
+from ncfm.evaluate import judge
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig, ScaleMixture
 from ncfm.images import ImageSpec, InMemoryImages
@@ -265,10 +265,10 @@ class Bench:
         )  # fmt: skip
         source = InMemoryImages(*made.decode())
         return [
-            evaluate_once(
+            judge(
                 source, self.sets["val"], self.spec, model=self.model, training=training,
                 seed=keyed_seed(seed, "judge", r), device=self.device,
-            )
+            ).accuracy
             for r in range(args.repeats)
         ]  # fmt: skip
 

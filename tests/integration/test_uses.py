@@ -10,7 +10,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 import ncfm
-from ncfm.evaluate import evaluate_once
+from ncfm.evaluate import judge
 from ncfm.images import InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.train import TrainConfig
@@ -100,14 +100,14 @@ def test_an_exported_set_trains_as_the_loaded_one(tiny: tuple[Path, Path]) -> No
     model, training = ModelConfig(depth=2, width=8), TrainConfig(epochs=8, lr=0.05)
     found = [
         [
-            evaluate_once(
+            judge(
                 InMemoryImages(*data),
                 InMemoryImages(*initial.decode()),
                 loaded.spec,
                 model=model,
                 training=training,
                 seed=seed,
-            )
+            ).accuracy
             for seed in range(3)
         ]
         for data in (loaded.decode(), (images[by_name], labels[by_name]))
