@@ -1,9 +1,8 @@
 """What a distiller needs of the workers it shares a run with; it knows no more of them."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -48,21 +47,11 @@ class Alone:
 
 
 def group_total(share: Tensor, communicator: Communicator) -> Tensor:
-    """The sum of the members' shares. Its gradient is that with respect to the OWN share alone.
-
-    So the gradients that the members compute add up to the whole one, every sample counted once.
-    """
-    if communicator.members == 1:
-        return share
-    total: Tensor = _GroupTotal.apply(share, communicator.sum_group)
-    return total
+    """The sum of the members' shares; the share itself is left as it is."""
+    return share if communicator.members == 1 else communicator.sum_group(share.clone())
 
 
-class _GroupTotal(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, share: Tensor, sum_group: Callable[[Tensor], Tensor]) -> Tensor:
-        return sum_group(share.clone())
-
-    @staticmethod
-    def backward(_: Any, *gradients: Any) -> Any:
-        return gradients[0], None
+def own_parts(tensors: Sequence[Tensor], communicator: Communicator) -> list[Tensor]:
+    """This member's part of the rows of each; a part is empty if there are too few."""
+    members, member = communicator.members, communicator.member
+    return [tensor.tensor_split(members)[member] for tensor in tensors]

@@ -2,7 +2,7 @@
 
 A step's extractor is lerp(initial, trained, beta) of one pool member. All weights of a network live
 in one flat buffer that the module's tensors are views of, so a blend is a single fused lerp in
-memory: no disk, no allocation, and the (possibly compiled) module never changes identity.
+memory: no disk, and the (possibly compiled) module never changes identity.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,10 +52,12 @@ class ExtractorPool:
             offset += tensor.numel()
 
     def to(self, dtype: torch.dtype) -> None:
-        """Change the precision of all weights. The module alone must not be converted: its tensors
-        would no longer be views of what a blend writes.
+        """Change the precision of the model's weights; they are blended in float32 or better. The
+        module alone must not be converted: its tensors would no longer be views of what a blend
+        writes.
         """
-        self._initial, self._trained = self._initial.to(dtype), self._trained.to(dtype)
+        blended = torch.promote_types(dtype, torch.float32)
+        self._initial, self._trained = self._initial.to(blended), self._trained.to(blended)
         self._flat = self._flat.to(dtype)
         self._point_into(self._flat)
 
@@ -63,7 +65,7 @@ class ExtractorPool:
         """The model with the weights lerp(initial, trained, beta) of one member, buffers blended
         too.
         """
-        torch.lerp(self._initial[index], self._trained[index], beta, out=self._flat)
+        self._flat.copy_(torch.lerp(self._initial[index], self._trained[index], beta))
         return self.model
 
     def draw(

@@ -1,12 +1,12 @@
 """All that crosses the network while workers distil: sums over the workers, and how much they are.
 
 In a step with psi on, every ascent sums psi's gradient over all W workers; a group of m > 1 workers
-that share C_g classes sums its CF sums, (2 K + 1) numbers a class, for the real and the synthetic
-features of every ascent, and once more for the real ones of the descent. A ring all-reduce of B
-bytes over n workers sends 2 (n - 1) B bytes in total. With P parameters of psi (whose sums have 8
-bytes a number, the others F)
+that share C_g classes sums its CF sums, (2 K + 1) numbers a class, of the real features for every
+ascent; the descent has those of the first. A ring all-reduce of B bytes over n workers sends
+2 (n - 1) B bytes in total. With P parameters of psi (whose sums have 8 bytes a number, the others
+F)
 
-    bytes a step = 2 [8 ascents P (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) (2 ascents + 1)]
+    bytes a step = 2 [8 ascents P (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) max(1, ascents)]
 
 and the metrics, a few numbers of 8 bytes and one for each worker, every `log_every` steps. With psi
 off and no class shared, nothing else crosses at all. Images never do.
@@ -109,5 +109,5 @@ def predicted_bytes(
     workers = sum(len(group.ranks) for group in groups)
     shared = sum((len(group.ranks) - 1) * len(group.classes) for group in groups)
     return 2 * (
-        8 * ascents * parameters * (workers - 1) + number_bytes * shared * width * (2 * ascents + 1)
+        8 * ascents * parameters * (workers - 1) + number_bytes * shared * width * max(1, ascents)
     )

@@ -98,10 +98,9 @@ class _Part:
         return _Part(real, max(1, round(rest * self.ipc)))
 
     def kept(self, config: RunConfig) -> int:
-        """Decoded synthetic images whose graph is in memory at once."""
-        decoded = len(self.real) * self.ipc * config.synthetic.factor**2
+        """Decoded synthetic images whose graph is in memory at once: those of a class, about."""
         most = config.distill.graph_images or default_graph_images(config.shard.image_size)
-        return min(decoded, most)
+        return min(self.ipc * config.synthetic.factor**2, most)
 
 
 def probe(request: Request) -> Answer:

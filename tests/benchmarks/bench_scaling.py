@@ -111,9 +111,7 @@ def predict(images_per_s: float, *, bytes_per_s: float, latency_s: float) -> dic
         messages = [
             (4 * len(g.classes) * (2 * frequencies.num_freqs + 1), len(g.ranks)) for g in groups
         ]
-        network += max(
-            frequencies.ascents * ring(2 * size, n) + ring(size, n) for size, n in messages
-        )
+        network += frequencies.ascents * max(ring(size, n) for size, n in messages)
         step = compute + network
         row = {
             "workers": workers,

@@ -3,9 +3,8 @@
 One class at a time, float32, eager; the network's weights, blended, are read from disk each step;
 the real features without a graph, as in the released code; psi's gradient by a second backward
 through the whole graph, that of the extractor included. Beyond the paper, as here: psi ascends
-`psi_objective`, once a step; every class's images take one optimiser step. Unlike here, and as in
-the released code, the images descend at the frequencies that psi ascends on, not at new ones of the
-psi that has moved, which would take one more forward pass.
+`psi_objective`, once a step, and every class's images take one optimiser step. As in the released
+code, psi ascends on the frequencies that the images descend at.
 """
 
 from collections.abc import Mapping
@@ -98,8 +97,7 @@ class ReferenceLoop:
         def add(name: str, value: Tensor) -> None:
             metrics[name] = metrics.get(name, 0.0) + value.item()
 
-        last = like.frequencies.ascents if self.psi_optimizer is None else 0
-        t = self.psi(self._generator("frequencies", last)).to(like.dtype)
+        t = self.psi(self._generator("frequencies", 0)).to(like.dtype)
         psi_gradients = []
         for group, c in enumerate(self.images):
             with torch.no_grad():

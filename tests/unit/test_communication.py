@@ -16,7 +16,6 @@ import torch.distributed as dist
 from test_distill import EVERYTHING, FREQUENCIES, initial, make, real_batch
 from torch import Tensor
 
-from ncfm.communication import group_total
 from ncfm.distill import DistillConfig, Distiller
 from pipeline.assignment import ClassCost, Group, assign
 from pipeline.collectives import CollectiveError, Collectives, predicted_bytes
@@ -196,22 +195,3 @@ def test_who_did_not_come_is_named(results: Path) -> None:
     texts = [(results / f"missing-{rank}.txt").read_text() for rank in (0, 1, 3)]
     assert all("a sum over the workers failed" in text for text in texts)
     assert "Ranks 2 failed" in texts[0]  # rank 0 counts
-
-
-def test_the_gradient_of_a_total_is_that_of_the_own_share() -> None:
-    class Two:
-        member, members = 0, 2
-
-        def sum_all(self, tensor: Tensor) -> Tensor:
-            return tensor
-
-        def sum_group(self, tensor: Tensor) -> Tensor:
-            return tensor.add_(10)  # the other member's share
-
-    share = torch.tensor([1.0, 2.0], requires_grad=True)
-    total = group_total(share, Two())
-    assert total.tolist() == [11, 12]
-    assert share.tolist() == [1, 2]
-    total.square().sum().backward()
-    assert share.grad is not None
-    assert share.grad.tolist() == [22, 24]

@@ -100,24 +100,29 @@ def test_fixed_frequencies(tmp_path: Path, calibration: float, chunk_size: int) 
             torch.testing.assert_close(image, reference.images[c], rtol=0, atol=1e-5)
 
 
-def test_psi(tmp_path: Path) -> None:
-    """psi's objective and gradient at the first step, when both see the same images and psi. Later
-    the images part: the reference descends at the frequencies of the ascent.
-    """
-    distiller, reference = pair(tmp_path, CONFIG, "psi")
+@pytest.mark.parametrize("chunk_size", [8, 64])
+def test_psi(tmp_path: Path, chunk_size: int) -> None:
+    """psi's objective and gradient, and images and psi of every step, in float64."""
+    distiller, reference = pair(tmp_path, dataclasses.replace(CONFIG, chunk_size=chunk_size), "psi")
     reference.psi.double()
-    ours, theirs = distiller.update(REAL), reference.update(REAL)
-    assert float(ours["psi_objective"]) == pytest.approx(theirs["psi_objective"], rel=1e-9)
-    assert float(ours["calibration"]) == pytest.approx(theirs["calibration"], rel=1e-9)
-    assert distiller.psi_optimizer is not None
-    assert reference.psi_optimizer is not None
-    mine = gradients(distiller.psi_optimizer, list(distiller.sampler.parameters()))
-    others = gradients(reference.psi_optimizer, list(reference.psi.parameters()))
-    assert max(float(g.abs().max()) for g in mine) > 1e-6
-    for one, other in zip(mine, others, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-12)
-    for one, other in zip(distiller.sampler.parameters(), reference.psi.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    for step in range(3):
+        ours, theirs = distiller.update(REAL), reference.update(REAL)
+        for name in ("psi_objective", "calibration"):
+            assert float(ours[name]) == pytest.approx(theirs[name], rel=1e-6 if step else 1e-9)
+        assert float(ours["ncfd"]) == pytest.approx(theirs["ncfd"], abs=ROUNDED_OFF)
+        assert distiller.psi_optimizer is not None
+        assert reference.psi_optimizer is not None
+        if not step:
+            mine = gradients(distiller.psi_optimizer, list(distiller.sampler.parameters()))
+            others = gradients(reference.psi_optimizer, list(reference.psi.parameters()))
+            assert max(float(g.abs().max()) for g in mine) > 1e-6
+            for one, other in zip(mine, others, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-12)
+        for c, image in distiller.images.items():
+            torch.testing.assert_close(image, reference.images[c], rtol=0, atol=1e-5)
+        scales = zip(distiller.sampler.parameters(), reference.psi.parameters(), strict=True)
+        for one, other in scales:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""The discrepancy of some classes, and its gradients written out.
+
+What the step needs of features x (real) and y (synthetic) is the gradient with respect to y, for
+the images, and with respect to the frequencies t, for psi. Both come from the same cosines and
+sines, so that psi's ascent costs one matrix product per side on top of the descent, and neither
+needs the graph of the extractor. Suffixes: N samples, D features, K frequencies, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncfm.communication import Communicator, group_total, own_parts
+from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd
+from ncfm.frequencies import FrequencyConfig, psi_objective
+
+
+class Waves(NamedTuple):
+    """cos<t_k, x_n> and sin<t_k, x_n>, each (N, K)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def sums(self) -> Tensor:
+        """The CF sums and N, (2 K + 1,): they add over samples and workers."""
+        size = self.cos.new_full((1,), len(self.cos))
+        return torch.cat([self.cos.sum(0), self.sin.sum(0), size])
+
+    def angle_gradient(self, slope: Tensor) -> Tensor:
+        """Of a function of the sums, with this slope (2 K + 1,), w.r.t. the angles <t_k, x_n>:
+        (N, K). Times t, it is the gradient w.r.t. x; transposed, times x, that w.r.t. t.
+        """
+        k = self.cos.shape[1]
+        return self.cos * slope[k : 2 * k] - self.sin * slope[:k]
+
+
+def waves(x: Tensor, t: Tensor) -> Waves:
+    """Of samples x (N, D) at frequencies t (K, D)."""
+    angles = x @ t.mT
+    return Waves(angles.cos(), angles.sin())
+
+
+class Match:
+    """Real and synthetic features of some classes, compared at frequencies t (K, D).
+
+    Args:
+        x: this member's part of each class's real features, (N_c, D) each.
+        y: each class's synthetic features, all of them, on every member of the group.
+    """
+
+    def __init__(
+        self, x: Sequence[Tensor], y: Sequence[Tensor], t: Tensor, communicator: Communicator
+    ) -> None:
+        self.x, self.y, self.t, self.communicator = x, y, t, communicator
+        self.waves_x, self.waves_y = ([waves(part, t) for part in side] for side in (x, y))
+        self.sums_x = group_total(torch.stack([w.sums() for w in self.waves_x]), communicator)
+        self.sums_y = torch.stack([w.sums() for w in self.waves_y])
+
+    def _cf(self, sums: Tensor) -> CF:
+        k = len(self.t)
+        return cf_from_sums(CFSums(*sums.split([k, k, 1], -1)))
+
+    def descent(self, alpha: float) -> tuple[Tensor, list[Tensor]]:
+        """NCFD of each class (C,), and the gradient of each w.r.t. its y, (N_c, D)."""
+        sums = self.sums_y.requires_grad_()
+        values = ncfd(self._cf(self.sums_x), self._cf(sums), alpha)
+        (slopes,) = torch.autograd.grad(values.sum(), sums)
+        gradients = [
+            w.angle_gradient(slope) @ self.t for w, slope in zip(self.waves_y, slopes, strict=True)
+        ]
+        return values.detach(), gradients
+
+    def ascent(self, config: FrequencyConfig, alpha: float) -> tuple[Tensor, list[Tensor]]:
+        """psi's objective for each class (C,), and this member's share of the gradient of each
+        w.r.t. t, (K, D).
+        """
+        sums_x, sums_y = self.sums_x.requires_grad_(), self.sums_y.requires_grad_()
+        size_x, size_y = sums_x[:, -1:].detach(), sums_y[:, -1:].detach()
+        values = psi_objective(self._cf(sums_x), self._cf(sums_y), size_x, size_y, config, alpha)
+        slopes = torch.autograd.grad(values.sum(), (sums_x, sums_y))
+        # All members have all of y: each counts its part alone, as it has its part of x.
+        mine = [Waves(*own_parts(w, self.communicator)) for w in self.waves_y]
+        y = own_parts(self.y, self.communicator)
+        gradients = [
+            wx.angle_gradient(sx).mT @ a + wy.angle_gradient(sy).mT @ b
+            for wx, a, sx, wy, b, sy in zip(
+                self.waves_x, self.x, slopes[0], mine, y, slopes[1], strict=True
+            )
+        ]
+        return values.detach(), gradients
+
+
+def match_means(
+    x: Sequence[Tensor], y: Sequence[Tensor], communicator: Communicator
+) -> tuple[Tensor, list[Tensor]]:
+    """As `Match.descent`, with DM's linear MMD in the place of NCFD."""
+    sums = torch.stack([torch.cat([part.sum(0), part.new_full((1,), len(part))]) for part in x])
+    total = group_total(sums, communicator)
+    means = total[:, None, :-1] / total[:, None, -1:]
+    leaves = [part.detach().requires_grad_() for part in y]
+    values = torch.stack([linear_mmd(a, b) for a, b in zip(means, leaves, strict=True)])
+    return values.detach(), list(torch.autograd.grad(values.sum(), leaves))
