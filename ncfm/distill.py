@@ -7,7 +7,7 @@ group: each extracts its part of the real batch, the sums over the parts are add
 the same update of the same images. So only sums and psi's gradient cross the network, never images.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,7 @@ from ncfm.memory import keep_freed_memory
 from ncfm.seeding import keyed_generator
 
 BLOCK_CHUNKS = 4  # chunks of synthetic images whose graph is kept at a time, but a whole class
+PREPARED_CHUNKS = 8  # chunks of images that are decoded and augmented together
 CHUNK_PIXELS = {"cpu": 2**13, "cuda": 2**19}  # an extractor's activations: about 0.5 KiB each
 GRAPH_PIXELS = 2**19
 COMPILE_FROM = 500  # steps
@@ -261,28 +262,28 @@ class Distiller:
                 values, gradients = match.descent(cfg.alpha)
             self._check_finite(values, part)
             losses.append(values)
-            if ascent is not None:
-                values, slopes = match.ascent(self.frequencies, cfg.alpha)
-                self._check_finite(values, part)
-                objectives.append(values)
-                ascent.add(slopes)
-            if ascents > 1:
-                seen_x, seen_y = seen_x + x, seen_y + y
             # (1) min: from the features back to the pixels
             grads = iter(
                 torch.cat(gradients).mul_(cfg.loss_weight).split([len(chunk) for chunk in chunks])
             )
             if keep_graph:
                 torch.autograd.backward(chunks, list(grads))
-                continue
-            for inputs in self._synthetic_inputs(stored, part, prepare):
-                again = [self._extract(images) for images in inputs]
-                torch.autograd.backward(again, [next(grads) for _ in again])
+            else:
+                for inputs in self._synthetic_inputs(stored, part, prepare):
+                    again = [self._extract(images) for images in inputs]
+                    torch.autograd.backward(again, [next(grads) for _ in again])
+            del chunks, gradients, grads  # the graph, before psi's gradient needs memory
+            # (2) max: psi's gradient on the same features
+            if ascent is not None:
+                objectives.append(match.objective(self.frequencies, cfg.alpha))
+                self._check_finite(objectives[-1], part)
+                ascent.add(match.frequency_gradients())
+            if ascents > 1:
+                seen_x, seen_y = seen_x + x, seen_y + y
         metrics = {"ncfd": torch.cat(losses).sum() / members}
         if cfg.calibration:
             metrics["calibration"] = self._calibrate(stored, prepare) / members
         self._step_images(stored)
-        # (2) max: on the features that are there, the images held fixed
         if ascent is not None:
             metrics["psi_objective"] = torch.cat(objectives).sum() / members
             self._step_psi(ascent)
@@ -292,7 +293,8 @@ class Distiller:
                 _PsiGradient(self.sampler, t, self.num_classes),
                 Match(seen_x, seen_y, t.detach(), self.communicator),
             )
-            ascent.add(match.ascent(self.frequencies, cfg.alpha)[1])
+            self._check_finite(match.objective(self.frequencies, cfg.alpha), slice(None))
+            ascent.add(match.frequency_gradients())
             self._step_psi(ascent)
         return metrics
 
@@ -364,8 +366,11 @@ class Distiller:
         """Features (N_c, D) of the real images of some classes."""
         none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype, device=self.device)
         chunks = [
-            self._extract(prepare(to_unit(images.to(self.device)).to(self.dtype), group))
-            for images, group in _chunks(batches, part, self.chunk_size)
+            self._extract(chunk)
+            for images, group in _chunks(batches, part, PREPARED_CHUNKS * self.chunk_size)
+            for chunk in prepare(to_unit(images.to(self.device)).to(self.dtype), group).split(
+                self.chunk_size
+            )
         ]
         return list(torch.cat([none, *chunks]).split([len(batch) for batch in batches[part]]))
 
@@ -376,7 +381,8 @@ class Distiller:
         since a stored image is decoded as a whole.
         """
         formed = self.factor**2
-        for images, group in _chunks(stored, part, max(1, self.chunk_size // formed)):
+        together = max(1, PREPARED_CHUNKS * self.chunk_size // formed)
+        for images, group in _chunks(stored, part, together):
             inputs = prepare(decode(images, self.factor), group.repeat_interleave(formed))
             yield list(inputs.split(self.chunk_size))
 
@@ -460,7 +466,7 @@ class _PsiGradient:
             sum(p.numel() for p in self.parameters), dtype=torch.float64, device=t.device
         )
 
-    def add(self, slopes: Sequence[Tensor]) -> None:
+    def add(self, slopes: Iterable[Tensor]) -> None:
         """The gradients of some classes' objectives with respect to t, (K, D) each."""
         for slope in slopes:
             grads = torch.autograd.grad(self.t, self.parameters, slope, retain_graph=True)

@@ -6,7 +6,7 @@ sines, so that psi's ascent costs one matrix product per side on top of the desc
 needs the graph of the extractor. Suffixes: N samples, D features, K frequencies, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,18 @@ from torch import Tensor
 from ncfm.communication import Communicator, group_total, own_parts
 from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices. In float32 on a CPU by oneDNN, as convolutions are: on AMD's processors
+    MKL, which `@` asks, is half as fast.
+    """
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not ONEDNN or not a.numel():
+        return a @ b
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+    return result
 
 
 class Waves(NamedTuple):
@@ -38,7 +50,7 @@ class Waves(NamedTuple):
 
 def waves(x: Tensor, t: Tensor) -> Waves:
     """Of samples x (N, D) at frequencies t (K, D)."""
-    angles = x @ t.mT
+    angles = product(x, t.mT)
     return Waves(angles.cos(), angles.sin())
 
 
@@ -68,28 +80,27 @@ class Match:
         values = ncfd(self._cf(self.sums_x), self._cf(sums), alpha)
         (slopes,) = torch.autograd.grad(values.sum(), sums)
         gradients = [
-            w.angle_gradient(slope) @ self.t for w, slope in zip(self.waves_y, slopes, strict=True)
+            product(w.angle_gradient(slope), self.t)
+            for w, slope in zip(self.waves_y, slopes, strict=True)
         ]
         return values.detach(), gradients
 
-    def ascent(self, config: FrequencyConfig, alpha: float) -> tuple[Tensor, list[Tensor]]:
-        """psi's objective for each class (C,), and this member's share of the gradient of each
-        w.r.t. t, (K, D).
-        """
+    def objective(self, config: FrequencyConfig, alpha: float) -> Tensor:
+        """What psi ascends, for each class (C,); its slopes are kept for `frequency_gradients`."""
         sums_x, sums_y = self.sums_x.requires_grad_(), self.sums_y.requires_grad_()
         size_x, size_y = sums_x[:, -1:].detach(), sums_y[:, -1:].detach()
         values = psi_objective(self._cf(sums_x), self._cf(sums_y), size_x, size_y, config, alpha)
-        slopes = torch.autograd.grad(values.sum(), (sums_x, sums_y))
+        self._slopes = torch.autograd.grad(values.sum(), (sums_x, sums_y))
+        return values.detach()
+
+    def frequency_gradients(self) -> Iterator[Tensor]:
+        """This member's share of the gradient of each class's objective w.r.t. t, (K, D) each."""
         # All members have all of y: each counts its part alone, as it has its part of x.
         mine = [Waves(*own_parts(w, self.communicator)) for w in self.waves_y]
-        y = own_parts(self.y, self.communicator)
-        gradients = [
-            wx.angle_gradient(sx).mT @ a + wy.angle_gradient(sy).mT @ b
-            for wx, a, sx, wy, b, sy in zip(
-                self.waves_x, self.x, slopes[0], mine, y, slopes[1], strict=True
-            )
-        ]
-        return values.detach(), gradients
+        own_y = own_parts(self.y, self.communicator)
+        for c, (slope_x, slope_y) in enumerate(zip(*self._slopes, strict=True)):
+            angles = [self.waves_x[c].angle_gradient(slope_x), mine[c].angle_gradient(slope_y)]
+            yield product(torch.cat(angles).mT, torch.cat([self.x[c], own_y[c]]))
 
 
 def match_means(

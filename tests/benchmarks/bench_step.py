@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "32-classes100": {"size": 32, "classes": 100, "real": 128, "ipc": 10},
     "32-classes100-psi": {"size": 32, "classes": 100, "real": 128, "ipc": 10, "psi": True},
 }
+VARIANTS = ("reference", "eager", "compiled", "bfloat16")  # the last one is compiled, too
 
 
 def network(size: int, classes: int, seed: int) -> Classifier:
@@ -52,7 +53,8 @@ def network(size: int, classes: int, seed: int) -> Classifier:
 class Variant:
     """What a process runs: one case, by our step or by the reference."""
 
-    def __init__(self, case: dict[str, Any], *, reference: bool, compiled: bool) -> None:
+    def __init__(self, case: dict[str, Any], name: str) -> None:
+        reference = name == "reference"
         size, classes = case["size"], case["classes"]
         self.case = case
         if reference:  # the plain loop leaves the allocator as it is
@@ -78,7 +80,9 @@ class Variant:
             pool=ExtractorPool(network(size, classes, 0), pairs),
             seed=0,
             config=DistillConfig(
-                calibration=case.get("calibration", 0.0), compile=compiled and not reference
+                calibration=case.get("calibration", 0.0),
+                compile=name in ("compiled", "bfloat16"),
+                precision="bfloat16" if name == "bfloat16" else "float32",
             ),
             frequencies=FrequencyConfig(sampler="psi" if case.get("psi") else "gaussian"),
             augment=AugmentConfig(),
@@ -143,8 +147,8 @@ def convolution_gflops() -> float:
 class Process:
     """A Variant in a process of its own, asked through a pipe."""
 
-    def __init__(self, case: str, *options: str) -> None:
-        command = [sys.executable, __file__, "--serve", case, *options]
+    def __init__(self, case: str, variant: str) -> None:
+        command = [sys.executable, __file__, "--serve", case, variant]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -165,21 +169,17 @@ class Process:
         self.process.wait()
 
 
-def serve(case: str, *, reference: bool, compiled: bool) -> None:
+def serve(case: str, name: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints
-    variant = Variant(CASES[case], reference=reference, compiled=compiled)
+    variant = Variant(CASES[case], name)
     for line in sys.stdin:
         print(getattr(variant, line.strip())(), file=answers, flush=True)
 
 
 def compare(names: list[str], variants: list[str], steps: int) -> list[dict[str, Any]]:
     """Rows of all cases and variants; the steps take turns, over all of them."""
-    processes = {
-        (name, variant): Process(name, *([] if variant == "eager" else [f"--{variant}"]))
-        for name in names
-        for variant in variants
-    }
+    processes = {(name, variant): Process(name, variant) for name in names for variant in variants}
     for process in processes.values():
         for _ in range(2):  # compile, warm up
             process.ask("step")
@@ -212,16 +212,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["32", "32-psi", "128"])
     parser.add_argument(
-        "--variants", nargs="+", choices=("reference", "eager", "compiled"),
-        default=["reference", "eager", "compiled"],
+        "--variants", nargs="+", choices=VARIANTS, default=["reference", "eager", "compiled"]
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--serve", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, reference=args.reference, compiled=args.compiled)
+        serve(*args.serve)
         return
     peak = convolution_gflops()
     rows = compare(args.cases, args.variants, args.steps)
