@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ncfm.augment import AugmentConfig
-from ncfm.baselines import random_set
+from ncfm.baselines import herding_set, random_set
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.evaluate import judge
 from ncfm.extractors import ExtractorPool
@@ -37,7 +37,9 @@ PSI = FrequencyConfig(sampler="psi")
 
 # name -> (distillation, frequencies, factor); everything else is the same for all.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "random-1": {"steps": 0, "factor": 1},
     "random": {"steps": 0},
+    "herding": {"steps": 0, "factor": 1},
     "mmd": {"distill": {"objective": "mmd"}},
     "mmd-raw": {"distill": {"objective": "mmd", "normalize_features": False}},
     "gaussian-0.3": {"frequencies": dataclasses.replace(GAUSSIAN, sigma=0.3)},
@@ -48,7 +50,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "psi-bounded": {"frequencies": dataclasses.replace(PSI, objective="ncfd")},
     "psi-excess": {"frequencies": dataclasses.replace(PSI, objective="excess")},
     "psi-ratio": {"frequencies": dataclasses.replace(PSI, objective="ratio")},
+    "psi-ratio-fast": {"frequencies": dataclasses.replace(PSI, objective="ratio", lr=1e-2)},
     "psi-ratio-10": {"frequencies": dataclasses.replace(PSI, objective="ratio", max_ratio=10.0)},
+    "bfloat16": {"distill": {"precision": "bfloat16"}},
+    "inner-2": {"distill": {"inner_steps": 2}},
+    "inner-4": {"distill": {"inner_steps": 4}},
     "alpha-0.1": {"distill": {"alpha": 0.1}},
     "alpha-0.9": {"distill": {"alpha": 0.9}},
     "freqs-64": {"frequencies": dataclasses.replace(GAUSSIAN, num_freqs=64)},
@@ -188,7 +194,9 @@ class Bench:
         needed = synthetic.real_images_needed(ipc)
         if not variant.get("steps", 1):
             images = [
-                random_set(x, ipc, seed=seed, class_index=c, factor=synthetic.factor)
+                self._herding(x, c, ipc, seed)
+                if name == "herding"
+                else random_set(x, ipc, seed=seed, class_index=c, factor=synthetic.factor)
                 for c, x in enumerate(self.by_class)
             ]
             return self._set(torch.cat(images), ipc, synthetic.factor), {}
@@ -216,6 +224,7 @@ class Bench:
                     "calibration": 0.0,  # one ingredient at a time
                     "compile": args.compile,
                     "chunk_size": args.chunk,
+                    "precision": args.precision,
                 }
                 | variant.get("distill", {})
             ),
@@ -250,6 +259,12 @@ class Bench:
         seconds = time.perf_counter() - began
         images = torch.cat([p.detach().cpu() for p in distiller.images.values()])
         return self._set(images, ipc, synthetic.factor), {"seconds": seconds, "trace": trace}
+
+    def _herding(self, real: Tensor, c: int, ipc: int, seed: int) -> Tensor:
+        network = self.network(0)
+        network.load_state_dict(self.pool[seed % len(self.pool)][1])
+        source = InMemoryImages(real, torch.full((len(real),), c))
+        return herding_set(source, ipc, network, self.spec, device=self.device)
 
     def _set(self, images: Tensor, ipc: int, factor: int) -> SyntheticSet:
         labels = torch.arange(self.spec.num_classes).repeat_interleave(ipc)
@@ -287,6 +302,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     for name, value in {
         "width": 128, "depth": None, "size": 64, "factor": 2, "steps": 1000, "real_batch": 128,
         "networks": 5, "pool_epochs": 5,
