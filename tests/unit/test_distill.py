@@ -300,6 +300,26 @@ class TestPrecision:
         double.pool.blend(index, beta)
         torch.testing.assert_close(double.pool.model.state_dict()["conv.weight"].float(), expected)
 
+    def test_bfloat16_is_the_extractor_s_alone(self) -> None:
+        """Images, psi and losses are float32; the losses are those of float32 to three digits."""
+        single, low = (
+            make(config=dataclasses.replace(EVERYTHING, precision=precision))
+            for precision in ("float32", "bfloat16")
+        )
+        metrics = [d.update({c: real_batch(c, 0) for c in range(5)}) for d in (single, low)]
+        for name, value in metrics[0].items():
+            assert float(metrics[1][name]) == pytest.approx(float(value), rel=1e-2)
+            assert not torch.equal(metrics[1][name], value)  # negative control
+        assert {v.dtype for k, v in low.state_dict().items() if k != "step"} == {torch.float32}
+        weight = low.pool.model.state_dict()["conv.weight"]
+        assert weight.dtype == torch.bfloat16
+        index, beta = low.pool.draw(keyed_generator(7, "extractor", 0))
+        low.pool.blend(index, beta)
+        expected = make_state(index)["conv.weight"].lerp(
+            make_state(100 + index)["conv.weight"], beta
+        )
+        torch.testing.assert_close(low.pool.model.state_dict()["conv.weight"], expected.bfloat16())
+
 
 class TestClipping:
     def gradients(self, **changes: Any) -> dict[int, Tensor]:

@@ -1,0 +1,103 @@
+"""The gradients that matching writes out, against autograd on the definitions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncfm.communication import Alone
+from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
+from ncfm.frequencies import FrequencyConfig, psi_objective
+from ncfm.matching import Match, match_means, product
+
+DIM, FREQS, REAL, SYNTHETIC = 6, 10, (7, 12, 1), (4, 2, 3)
+
+
+def rows(counts: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
+    return [torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in counts]
+
+
+@pytest.fixture
+def features(generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    x, y = rows(REAL, generator), rows(SYNTHETIC, generator)
+    return x, y, torch.randn(FREQS, DIM, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.2, 0.9])
+def test_the_descent(features: tuple[list[Tensor], list[Tensor], Tensor], alpha: float) -> None:
+    x, y, t = features
+    values, gradients = Match(x, y, t, Alone()).descent(alpha)
+    for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
+        leaf = b.clone().requires_grad_()
+        expected = ncfd(empirical_cf(a, t), empirical_cf(leaf, t), alpha)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+        assert float(gradient.abs().max()) > 1e-3  # negative control
+
+
+@pytest.mark.parametrize("objective", ["ncfd", "excess", "ratio"])
+def test_the_ascent(features: tuple[list[Tensor], list[Tensor], Tensor], objective: Any) -> None:
+    x, y, t = features
+    config = FrequencyConfig(objective=objective)
+    match = Match(x, y, t, Alone())
+    match.descent(0.5)  # leaves nothing behind
+    values = match.objective(config, 0.5)
+    gradients = list(match.frequency_gradients())
+    assert len(gradients) == len(x)
+    for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
+        leaf = t.clone().requires_grad_()
+        phi = empirical_cf(a, leaf), empirical_cf(b, leaf)
+        expected = psi_objective(*phi, len(a), len(b), config, 0.5)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+def test_the_members_of_a_group_count_every_sample_once(
+    features: tuple[list[Tensor], list[Tensor], Tensor],
+) -> None:
+    """Shares of psi's gradient add up to the whole one; here the others' sums are known."""
+    x, y, t = features
+    config, whole = FrequencyConfig(objective="ratio"), Match(x, y, t, Alone())
+    whole.objective(config, 0.5)
+    expected = list(whole.frequency_gradients())
+
+    class Three:
+        members = 3
+
+        def __init__(self, member: int) -> None:
+            self.member = member
+
+        def sum_all(self, tensor: Tensor) -> Tensor:
+            return tensor
+
+        def sum_group(self, tensor: Tensor) -> Tensor:
+            return tensor.copy_(whole.sums_x)
+
+    total: list[Tensor | float] = [0.0] * len(x)
+    for rank in range(3):
+        parts = [part.tensor_split(3)[rank] for part in x]
+        match = Match(parts, y, t, Three(rank))
+        match.objective(config, 0.5)
+        shares = list(match.frequency_gradients())
+        assert not torch.allclose(shares[0], expected[0])  # negative control
+        total = [one + share for one, share in zip(total, shares, strict=True)]
+    torch.testing.assert_close(total, expected)
+
+
+def test_linear_mmd(features: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
+    x, y, _ = features
+    values, gradients = match_means(x, y, Alone())
+    for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
+        leaf = b.clone().requires_grad_()
+        expected = linear_mmd(a, leaf)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 130])
+def test_the_product_is_the_product(rows: int, generator: torch.Generator) -> None:
+    a, b = torch.randn(rows, 33, generator=generator), torch.randn(65, 33, generator=generator)
+    for left, right in ((a, b.mT), (a.mT.contiguous().mT, b.mT), (b, a.mT)):
+        expected = (left.double() @ right.double()).float()
+        torch.testing.assert_close(product(left, right), expected, rtol=1e-5, atol=1e-5)
