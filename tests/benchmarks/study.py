@@ -35,6 +35,41 @@ from ncfm.train import TrainConfig, accuracy, train
 GAUSSIAN = FrequencyConfig(sampler="gaussian")
 PSI = FrequencyConfig(sampler="psi")
 
+PROBE = 16  # real images of a class that Weighted looks at
+
+
+class Weighted(Distiller):
+    """Frequencies whose scale in every feature dimension follows from what the step's network makes
+    of real images: std^-power ("whiten": the distances are of whitened features), or the standard
+    deviation between the classes over that within them, to the power ("fisher").
+
+    psi cannot learn these: a dimension means another thing in every network of the pool.
+    """
+
+    weighting: tuple[str, float]
+    probe: dict[int, Tensor]
+
+    @torch.no_grad()
+    def _frequencies(self, number: int) -> Tensor:
+        x = torch.stack(
+            [
+                torch.cat(
+                    [
+                        self._extract(self.spec.normalize(chunk.float() / 255))
+                        for chunk in images.split(self.chunk_size)
+                    ]
+                )
+                for images in self.probe.values()
+            ]
+        )
+        kind, power = self.weighting
+        within = x.std(1).square().mean(0).sqrt() + 1e-6
+        between = x.mean(1).std(0) + 1e-6
+        weight = x.flatten(0, 1).std(0) + 1e-6 if kind == "whiten" else within / between
+        weight = weight.clamp_min(0.05 * weight.mean()) ** -power
+        return super()._frequencies(number) * (weight / weight.square().mean().sqrt())
+
+
 # name -> (distillation, frequencies, factor); everything else is the same for all.
 VARIANTS: dict[str, dict[str, Any]] = {
     "random-1": {"steps": 0, "factor": 1},
@@ -55,6 +90,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"distill": {"precision": "bfloat16"}},
     "inner-2": {"distill": {"inner_steps": 2}},
     "inner-4": {"distill": {"inner_steps": 4}},
+    "whiten-1": {"weighting": ("whiten", 1.0)},
+    "whiten-0.5": {"weighting": ("whiten", 0.5)},
+    "unwhiten-0.5": {"weighting": ("whiten", -0.5)},
+    "fisher-1": {"weighting": ("fisher", 1.0)},
     "alpha-0.1": {"distill": {"alpha": 0.1}},
     "alpha-0.9": {"distill": {"alpha": 0.9}},
     "freqs-64": {"frequencies": dataclasses.replace(GAUSSIAN, num_freqs=64)},
@@ -210,7 +249,8 @@ class Bench:
             "initial": [(a, a) for a, _ in self.pool],
             "trained": [(b, b) for _, b in self.pool],
         }.get(variant.get("pool", ""), self.pool)
-        distiller = Distiller(
+        kind = Weighted if "weighting" in variant else Distiller
+        distiller = kind(
             start,
             factor=synthetic.factor,
             spec=self.spec,
@@ -232,6 +272,9 @@ class Bench:
             augment=variant.get("augment", AugmentConfig()),
             device=self.device,
         )
+        if isinstance(distiller, Weighted):
+            distiller.weighting = variant["weighting"]
+            distiller.probe = {c: x[:PROBE] for c, x in enumerate(self.by_class)}
         trace: dict[str, list[float]] = {
             "ncfd": [],
             "psi_objective": [],
