@@ -178,10 +178,13 @@ class Distiller:
 
         self._body = torch.compile(body, dynamic=False) if self.compiled else body
         dim = pool.model.num_features
-        self.sampler = build_sampler(frequencies, dim, keyed_generator(seed, "psi_init"))
-        self.sampler.to(self.device, self.dtype)
+        self.samplers = nn.ModuleList(
+            build_sampler(frequencies, dim, keyed_generator(seed, "psi_init", member))
+            for member in range(len(pool) if frequencies.per_network else 1)
+        ).to(self.device, self.dtype)
+        self.sampler = self.samplers[0]  # that of the step's network
         self.psi_optimizer = (
-            torch.optim.Adam(self.sampler.parameters(), lr=frequencies.lr, maximize=True)
+            torch.optim.Adam(self.samplers.parameters(), lr=frequencies.lr, maximize=True)
             if isinstance(self.sampler, ScaleMixture) and config.objective == "ncfd"
             else None  # the linear MMD knows no frequencies
         )
@@ -210,6 +213,7 @@ class Distiller:
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
         member, beta = self.pool.draw(self._generator("extractor"), cfg.blend)
         self.pool.blend(member, beta)
+        self.sampler = self.samplers[member % len(self.samplers)]
 
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
@@ -318,6 +322,7 @@ class Distiller:
         assert self.psi_optimizer is not None
         ascent.set(self.communicator)
         self.psi_optimizer.step()
+        self.psi_optimizer.zero_grad()  # the next step's may be another network's
 
     def _generator(self, purpose: str, *keys: int) -> torch.Generator:
         return keyed_generator(self.seed, purpose, self.step, *keys)
@@ -418,7 +423,7 @@ class Distiller:
             for name, value in self.optimizer.state[parameter].items():
                 if value is not None:
                     state[f"class/{c}/optimizer/{name}"] = torch.as_tensor(value)
-        for name, parameter in self.sampler.named_parameters():
+        for name, parameter in self.samplers.named_parameters():
             state[f"psi/{name}"] = parameter.detach()
             if self.psi_optimizer is not None:
                 for key, value in self.psi_optimizer.state[parameter].items():
@@ -436,7 +441,7 @@ class Distiller:
                 self.optimizer.state[parameter] = self._optimizer_state(
                     state, f"class/{c}/optimizer/"
                 )
-            for name, parameter in self.sampler.named_parameters():
+            for name, parameter in self.samplers.named_parameters():
                 parameter.copy_(state[f"psi/{name}"])
                 if self.psi_optimizer is not None:
                     self.psi_optimizer.state[parameter] = self._optimizer_state(

@@ -28,6 +28,9 @@ class FrequencyConfig:
     """M, the number of mixture components of psi; each gives K / M frequencies (paper: K / 16)."""
     sigma: float = 1.0
     """Scale of the fixed sampler, and the scale at which psi starts."""
+    per_network: bool = False
+    """A psi for each network of the pool, which learns in its steps; else one for all, though a
+    feature dimension means another thing in every network."""
     max_ratio: float = 3.0
     """psi keeps every scale within [sigma / max_ratio, sigma * max_ratio]; unbounded, it runs away.
     """

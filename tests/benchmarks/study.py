@@ -86,6 +86,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "psi-excess": {"frequencies": dataclasses.replace(PSI, objective="excess")},
     "psi-ratio": {"frequencies": dataclasses.replace(PSI, objective="ratio")},
     "psi-ratio-fast": {"frequencies": dataclasses.replace(PSI, objective="ratio", lr=1e-2)},
+    "psi-own": {"frequencies": dataclasses.replace(PSI, per_network=True, lr=1e-2)},
+    "psi-own-ncfd": {
+        "frequencies": dataclasses.replace(PSI, per_network=True, lr=1e-2, objective="ncfd")
+    },
     "psi-ratio-10": {"frequencies": dataclasses.replace(PSI, objective="ratio", max_ratio=10.0)},
     "bfloat16": {"distill": {"precision": "bfloat16"}},
     "inner-2": {"distill": {"inner_steps": 2}},
@@ -331,28 +335,33 @@ class Bench:
         ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of a study."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    made.add_argument(
         "--data", required=True, help="Fashion-MNIST's idx folder, or a folder with train/ and val/"
     )
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--pool", default="runs/study-pool")
-    parser.add_argument("--variants", default="random,mmd,gaussian,psi-ratio")
-    parser.add_argument("--ipc", default="1")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    made.add_argument("--out", required=True)
+    made.add_argument("--pool", default="runs/study-pool")
+    made.add_argument("--variants", default="random,mmd,gaussian,psi-ratio")
+    made.add_argument("--ipc", default="1")
+    made.add_argument("--seeds", default="0")
+    made.add_argument("--lr", type=float, default=0.01)
+    made.add_argument("--compile", action="store_true")
+    made.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     for name, value in {
         "width": 128, "depth": None, "size": 64, "factor": 2, "steps": 1000, "real_batch": 128,
         "networks": 5, "pool_epochs": 5,
         "pool_images": 20_000, "eval_epochs": 500, "repeats": 3, "chunk": 64, "threads": 1,
     }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
+        made.add_argument(f"--{name}", type=int, default=value)
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
     bench, out = Bench(args), Path(args.out)
     settings = {
