@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "ascents": {
         "config": dataclasses.replace(CONFIG, precision="float64"),
-        "frequencies": dataclasses.replace(FREQUENCIES, ascents=2),
+        "frequencies": dataclasses.replace(FREQUENCIES, ascents=2, per_network=True),
     },
 }
 # Two real images leave psi's objective next to a pole (a sampling floor near zero), which magnifies

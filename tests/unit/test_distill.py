@@ -116,13 +116,15 @@ class TestInvariants:
             together["class/3/optimizer/exp_avg"], alone["class/3/optimizer/exp_avg"]
         )
 
-    def test_resume_is_exact(self) -> None:
+    @pytest.mark.parametrize("per_network", [False, True])
+    def test_resume_is_exact(self, per_network: bool) -> None:
         """Fault 5: a run that is stopped and goes on equals the undisturbed one, bit for bit, psi
         included.
         """
-        undisturbed = run(make(), 8)
-        resumed = make()
-        resumed.load_state_dict(run(make(), 3))
+        frequencies = dataclasses.replace(FREQUENCIES, per_network=per_network)
+        undisturbed = run(make(frequencies=frequencies), 8)
+        resumed = make(frequencies=frequencies)
+        resumed.load_state_dict(run(make(frequencies=frequencies), 3))
         state = run(resumed, 5)
         assert state.keys() == undisturbed.keys()
         for key, value in undisturbed.items():
@@ -222,7 +224,7 @@ class TestKnownFaults:
         """
         one = make(frequencies=dataclasses.replace(FREQUENCIES, lr=1e-1))
         other = make(frequencies=dataclasses.replace(FREQUENCIES, lr=1e-9))
-        start = {n: p.detach().clone() for n, p in other.sampler.named_parameters()}
+        start = {n: p.detach().clone() for n, p in other.samplers.named_parameters()}
         states = [run(distiller, 1) for distiller in (one, other)]
         for c in range(5):
             images = [state[f"class/{c}/images"] for state in states]
@@ -233,6 +235,16 @@ class TestKnownFaults:
             assert not torch.allclose(states[0][f"psi/{name}"], value, rtol=0, atol=1e-3)
         second = [run(distiller, 1)["class/0/images"] for distiller in (one, other)]
         assert not torch.equal(*second)  # negative control: the next step's do
+
+    def test_the_psi_of_the_step_s_network_moves_alone(self) -> None:
+        distiller = make(frequencies=dataclasses.replace(FREQUENCIES, per_network=True))
+        start = distiller.state_dict()
+        member, _ = distiller.pool.draw(keyed_generator(7, "extractor", 0))
+        state = run(distiller, 1)
+        for name, _ in distiller.samplers.named_parameters():
+            moved = not torch.equal(state[f"psi/{name}"], start[f"psi/{name}"])
+            assert moved == name.startswith(f"{member}.")
+            assert (f"psi_optimizer/{name}/step" in state) == moved
 
     def test_one_optimiser_step_per_class_and_step(self) -> None:
         """Fault 3: one AdamW stepped once per class moves the other classes by their momentum."""
@@ -426,4 +438,4 @@ class TestObjectives:
 
     def test_several_ascents(self) -> None:
         state = run(make(frequencies=dataclasses.replace(FREQUENCIES, ascents=3)), 2)
-        assert int(state["psi_optimizer/hidden.weight/step"]) == 6
+        assert int(state["psi_optimizer/0.hidden.weight/step"]) == 6
