@@ -7,7 +7,7 @@ every feature dimension, and each of its draws is t = sigma_m * z with z ~ N(0, 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,11 +95,14 @@ class ScaleMixture(nn.Module):
             self.out.weight.mul_(0.1)
             self.out.bias.zero_()
 
+    def log_scales(self, noise: Tensor) -> Tensor:
+        """log sigma of shape (M, D) from noise (M, noise_dim)."""
+        bounded = torch.tanh(self.out(F.silu(self.hidden(noise))))
+        return math.log(self.config.sigma) + math.log(self.config.max_ratio) * bounded
+
     def scales(self, noise: Tensor) -> Tensor:
         """sigma of shape (M, D) from noise (M, noise_dim)."""
-        return self.config.sigma * torch.exp(
-            math.log(self.config.max_ratio) * torch.tanh(self.out(F.silu(self.hidden(noise))))
-        )
+        return self.log_scales(noise).exp()
 
     def forward(self, generator: torch.Generator) -> Tensor:
         """Frequencies of shape (K, D): K / M draws from each of M components."""
@@ -107,7 +110,28 @@ class ScaleMixture(nn.Module):
         noise = torch.randn(m, self.config.noise_dim, generator=generator, device=device)
         z = torch.randn(m, self.config.num_freqs // m, self.dim, generator=generator, device=device)
         dtype = self.out.weight.dtype
-        return (self.scales(noise.to(dtype))[:, None] * z.to(dtype)).flatten(0, 1)
+        t: Tensor = _Scaled.apply(self.log_scales(noise.to(dtype)), z.to(dtype))
+        return t.flatten(0, 1)
+
+
+class _Scaled(torch.autograd.Function):
+    """t = sigma z of shape (M, K / M, D), from log sigma (M, D) and z, whose memory becomes that of
+    t: since dt / dlog sigma = t, nothing else is needed for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_scales: Tensor, z: Tensor) -> Tensor:
+        t = z.mul_(log_scales.exp()[:, None])
+        ctx.save_for_backward(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (t,) = ctx.saved_tensors
+        total = torch.zeros_like(t[:, 0])
+        for k in range(t.shape[1]):  # one draw at a time: what is added up stays in the cache
+            total.addcmul_(gradients[0][:, k], t[:, k])
+        return total, None
 
 
 def build_sampler(

@@ -3,13 +3,16 @@
     python tests/benchmarks/bench_scaling.py --out runs/bench [--steps 20] [--images_per_s 9000]
 
 Prints JSON: Ray Train around the loop against the same loop in this process; two workers against
-one, one core each; the loop's time in checkpoints; and the predicted efficiency at 8, 64 and 512
-GPUs for ImageNet-1K at 224 px, IPC 10, on 100 Gb/s Ethernet, with the model and all its inputs.
+one, a core each, without Ray, whose own processes have no third core here; what one worker loses if
+another, which it does not talk to, runs on the other core; the loop's time in checkpoints; and the
+predicted efficiency at 8, 64 and 512 GPUs for ImageNet-1K at 224 px, IPC 10, on 100 Gb/s Ethernet,
+with the model and all its inputs.
 """
 
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from upath import UPath
 
 from ncfm.frequencies import FrequencyConfig
@@ -42,6 +46,17 @@ def pinned_loop(arguments: dict[str, Any]) -> None:
         os.sched_setaffinity(0, cores)
 
 
+def simulated_node(arguments: dict[str, Any], rank: int, workers: int, meeting: Path) -> None:
+    """One of so many workers, in a process of its own on a core of its own, without Ray."""
+    torch.set_num_threads(1)
+    if workers > 1:
+        where = f"file://{meeting}"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=workers)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[(rank + arguments["core"]) % len(cores)]})
+    distill_loop(arguments)
+
+
 class Bench:
     """One job, run in several ways."""
 
@@ -58,22 +73,51 @@ class Bench:
         run.start()
         self.job: DistillJob = run.distill_job()
 
-    def step_s(self, name: str, workers: int | None, checkpoint_every_s: float = NEVER) -> float:
-        """Median seconds of a step; None: in this process, without Ray."""
+    def _job(self, name: str, checkpoint_every_s: float = NEVER) -> DistillJob:
         place = UPath(self.folder / f"{name}-{time.time_ns()}")
+        place.mkdir(parents=True)
         runtime = dataclasses.replace(self.job.runtime, checkpoint_every_s=checkpoint_every_s)
-        job = dataclasses.replace(
+        return dataclasses.replace(
             self.job, checkpoints=place, metrics=place / "metrics.jsonl", runtime=runtime
         )
-        place.mkdir(parents=True)
-        arguments = {"job": job}
-        if workers is None:
-            pinned_loop(arguments)
-        else:
-            group = Workers(workers, use_gpu=False)
-            fit(pinned_loop, arguments, group, name=place.name, storage=place, max_failures=0)
-        rows = [row["distill/step_s"] for row in read_rows(job.metrics)]
-        return statistics.median(rows[len(rows) // 3 :])
+
+    def in_this_process(self, name: str, checkpoint_every_s: float = NEVER) -> float:
+        """Median seconds of a step, without Ray."""
+        job = self._job(name, checkpoint_every_s)
+        pinned_loop({"job": job})
+        return _median_step(job)
+
+    def in_ray(self, name: str) -> float:
+        """As in_this_process, as the one worker of Ray Train."""
+        job = self._job(name)
+        group, place = Workers(1, use_gpu=False), job.checkpoints
+        fit(pinned_loop, {"job": job}, group, name=place.name, storage=place, max_failures=0)
+        return _median_step(job)
+
+    def on_nodes(self, name: str, *workers: int) -> float:
+        """As in_this_process, of runs of so many workers each, side by side, a core a worker."""
+        context = multiprocessing.get_context("spawn")
+        jobs = [self._job(f"{name}-{run}") for run in range(len(workers))]
+        processes = [
+            context.Process(
+                target=simulated_node,
+                args=({"job": job, "core": run}, rank, count, Path(str(job.checkpoints)) / "meet"),
+            )
+            for run, (job, count) in enumerate(zip(jobs, workers, strict=True))
+            for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"{name}: a worker ended with {[p.exitcode for p in processes]}")
+        return statistics.mean(map(_median_step, jobs))
+
+
+def _median_step(job: DistillJob) -> float:
+    rows = [row["distill/step_s"] for row in read_rows(job.metrics)]
+    return statistics.median(rows[len(rows) // 3 :])
 
 
 def checkpoint_stall(folder: Path, mib: int) -> dict[str, float]:
@@ -142,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--real_batch", type=int, default=64)
+    parser.add_argument("--real_batch", type=int, default=200)
     parser.add_argument(
         "--images_per_s", type=float, default=9000.0, help="of one GPU at 224 px: assumed"
     )
@@ -159,15 +203,19 @@ def main() -> None:
         connect()
         torch.set_num_threads(1)
         bench = Bench(folder, args.steps, args.real_batch)
-        alone = bench.step_s("alone", None)
-        one, two = bench.step_s("one", 1), bench.step_s("two", 2)
-        saving = bench.step_s("saving", None, OFTEN)
+        one, two = bench.on_nodes("one", 1), bench.on_nodes("two", 2)
+        beside = bench.on_nodes("beside", 1, 1)
+        alone, ray = bench.in_this_process("alone"), bench.in_ray("ray")
+        saving = bench.in_this_process("saving", OFTEN)
         result["measured"] = {
-            "step_s_alone": alone,
-            "step_s_ray_1": one,
-            "step_s_ray_2": two,
-            "ray_overhead": one / alone - 1,
+            "step_s_in_this_process": alone,
+            "step_s_in_ray": ray,
+            "ray_overhead": ray / alone - 1,
+            "step_s_one_worker": one,
+            "step_s_two_workers": two,
             "two_workers_speedup": one / two,
+            "step_s_one_worker_beside_another": beside,
+            "machine_slows_down": beside / one - 1,
             "checkpoints_without_pause_slow_down": saving / alone - 1,
         }
     print(json.dumps(result, indent=1))
