@@ -315,7 +315,10 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
         line = re.sub(r"<class '(\w+)'>", r"\1", line.replace("<class 'NoneType'>", "nothing"))
-        line = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", line)
+        line = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", line)
+        union = r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"
+        line = re.sub(union, r"Expected \1. Got value: \2", line)
+        line = line.replace(", nothing.", " or nothing.")
         if line.startswith("unrecognized arguments: "):
             given = line.split()[2].partition("=")[0]
             near = get_close_matches(given, self._option_string_actions, n=1, cutoff=0.75)

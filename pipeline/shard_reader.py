@@ -50,6 +50,22 @@ class ShardReader:
         Raises ShardError.
         """
         images = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
+        self.read_into(images, range(len(indices)), indices, threads)
+        return images
+
+    def read_into(
+        self,
+        images: Tensor,
+        rows: Sequence[int],
+        indices: Sequence[int],
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """Put the images at these places of the shard into those rows of (N, C, H, W) uint8.
+
+        Raises ShardError.
+        """
+        # Copied by NumPy: torch would do it on all cores, which have the decoding to do.
+        pixels = images.numpy()
         encoded = self._encoded(indices)
 
         def decode(start: int) -> None:
@@ -57,11 +73,10 @@ class ShardReader:
                 image = _decode(*encoded[k], channels=self.shape[0])
                 if image.shape != self.shape:
                     raise self._error(f"image {indices[k]} has shape {tuple(image.shape)}")
-                images[k] = image
+                pixels[rows[k]] = image.numpy()
 
         for _ in (threads.map if threads else map)(decode, range(0, len(encoded), DECODE_AT_ONCE)):
             pass
-        return images
 
     def _encoded(self, indices: Sequence[int]) -> list[tuple[Tensor, str]]:
         with self._lock:
@@ -174,7 +189,8 @@ class ShardSet:
         start = 0
         with decode_threads() as threads:
             for reader in readers:
-                images[start : start + reader.count] = reader.read(range(reader.count), threads)
+                rows = range(start, start + reader.count)
+                reader.read_into(images, rows, range(reader.count), threads)
                 start += reader.count
         labels = [torch.full((reader.count,), reader.label) for reader in readers]
         return InMemoryImages(images, torch.cat(labels) if labels else torch.empty(0).long())

@@ -9,6 +9,7 @@ import json
 import pickle
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -79,13 +80,17 @@ class ShardTask:
         return f"{self.split}/{self.class_index:04d}-{self.number:05d}"
 
 
-def write_shard_row(row: dict[str, Any], **arguments: Any) -> dict[str, str]:
-    """write_shard as Ray Data calls it, which would leave a StorageError's text alone of it."""
+def write_shards_row(row: dict[str, Any], **arguments: Any) -> dict[str, str]:
+    """write_shard for some shards, as Ray Data calls it. A StorageError, of which it would leave
+    the text alone, is the last record.
+    """
+    records: list[Record] = []
     try:
-        record = write_shard(pickle.loads(row["task"]), **arguments)
+        for task in pickle.loads(row["tasks"]):
+            records.append(write_shard(task, **arguments))
     except StorageError as error:
-        record = {"storage_error": str(error)}
-    return {"record": json.dumps(record)}
+        records.append({"storage_error": str(error)})
+    return {"records": json.dumps(records)}
 
 
 def write_shard(
@@ -183,7 +188,8 @@ def encode(image: Image.Image, config: ShardConfig) -> bytes:
     """The bytes of an image in the configured encoding."""
     buffer = io.BytesIO()
     if config.encoding == "png":
-        image.save(buffer, "PNG")
+        # Photographs take 2 % more bytes than with deflate's full search, and a third of its time.
+        image.save(buffer, "PNG", compress_type=zlib.Z_RLE)
     elif config.encoding == "jpeg":
         image.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=0)
     else:

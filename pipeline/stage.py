@@ -19,6 +19,8 @@ from typing import Any
 
 from upath import UPath
 
+from pipeline.image_files import StorageError
+
 Manifest = dict[str, Any]
 
 
@@ -28,15 +30,21 @@ class StageError(Exception):
 
 def write_atomic(path: Path | UPath, data: bytes | str) -> None:
     """Write a file that is either absent, the old one, or whole. On an object store one put already
-    is.
+    is. Raises StorageError, and leaves nothing behind, if the disk is full or fails.
     """
     raw = data.encode() if isinstance(data, str) else data
-    if isinstance(path, Path):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(raw)
-        temporary.replace(path)
-    else:
-        path.write_bytes(raw)
+    temporary: Path | None = None
+    try:
+        if isinstance(path, Path):
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(raw)
+            temporary.replace(path)
+        else:
+            path.write_bytes(raw)
+    except OSError as error:
+        if temporary is not None and temporary.exists():
+            temporary.unlink()
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_json(path: Path | UPath) -> Any:

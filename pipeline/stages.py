@@ -75,8 +75,14 @@ class Run:
 
     def start(self) -> None:
         """Make the run's directory, and write down the resolved configuration."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.directory / "config.toml", self.toml)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.directory / "config.toml", self.toml)
+        except Exception as error:  # of whatever kind the library of an object store has for it
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(
+                f"cannot write to storage_path {self.config.storage_path}: {reason}"
+            ) from error
 
     def _workers(self, items: int) -> Workers:
         connect()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,19 +132,16 @@ class _Order:
 
     def read(self, places: Sequence[int], threads: ThreadPoolExecutor | None = None) -> Tensor:
         """The images at some places, in their order; every shard is opened once."""
-        rows: dict[int, list[tuple[int, int]]] = {}
+        rows: dict[int, tuple[list[int], list[int]]] = {}
         for row, place in enumerate(places):
             place %= self.count
             shard = bisect_right(self._ends, place)
-            index = place - self._ends[shard] + self.readers[shard].count
-            rows.setdefault(shard, []).append((row, index))
-        images: Tensor | None = None
-        for shard, wanted in rows.items():
-            part = self.readers[shard].read([index for _, index in wanted], threads)
-            if images is None:
-                images = part.new_empty((len(places), *part.shape[1:]))
-            images[torch.tensor([row for row, _ in wanted])] = part
-        assert images is not None
+            into, indices = rows.setdefault(shard, ([], []))
+            into.append(row)
+            indices.append(place - self._ends[shard] + self.readers[shard].count)
+        images = torch.empty((len(places), *self.readers[0].shape), dtype=torch.uint8)
+        for shard, (into, indices) in rows.items():
+            self.readers[shard].read_into(images, into, indices, threads)
         return images
 
 
@@ -179,10 +177,8 @@ class _ClassPool:
             fresh = range(start - self._advance + self.size, start + self.size)
             self._images[_slots(fresh, self.size)] = self._next.result()
         else:  # the first step of a run, or a jump
-            window = range(start, start + self.size)
-            images = self.order.read(window, self._threads)
-            self._images = torch.empty_like(images)
-            self._images[_slots(window, self.size)] = images
+            window = [start + (slot - start) % self.size for slot in range(self.size)]
+            self._images = self.order.read(window, self._threads)
         self._rotation = rotation
         if self._advance:
             coming = range(start + self.size, start + self.size + self._advance)
@@ -284,19 +280,24 @@ def _batches(
 
 
 class _Buffer:
-    """Labelled images, drawn one batch at a time."""
+    """Labelled images, drawn one batch at a time.
+
+    NumPy moves them: torch would do it on all cores, which have the decoding to do.
+    """
 
     def __init__(self, room: int) -> None:
         self._room, self.count = room, 0
-        self._images = self._labels = torch.empty(0)
+        self._images = np.empty(0, np.uint8)
+        self._labels = np.empty(0, np.int64)
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Put images behind the others."""
         if not len(self._images):
-            self._images = images.new_empty((self._room, *images.shape[1:]))
-            self._labels = labels.new_empty(self._room)
+            self._images = np.empty((self._room, *images.shape[1:]), np.uint8)
+            self._labels = np.empty(self._room, np.int64)
         end = self.count + len(images)
-        self._images[self.count : end], self._labels[self.count : end] = images, labels
+        self._images[self.count : end] = images.numpy()
+        self._labels[self.count : end] = labels.numpy()
         self.count = end
 
     def take(self, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -304,15 +305,15 @@ class _Buffer:
         size = min(size, self.count)
         left = self.count - size
         if generator is None:
-            taken = torch.arange(size)
-            gaps, movers = torch.arange(left), torch.arange(size, self.count)
+            taken = np.arange(size)
+            gaps, movers = np.arange(left), np.arange(size, self.count)
         else:
-            taken = torch.randperm(self.count, generator=generator)[:size]
-            free = torch.zeros(self.count, dtype=torch.bool)
+            taken = torch.randperm(self.count, generator=generator)[:size].numpy()
+            free = np.zeros(self.count, bool)
             free[taken] = True
-            gaps = free[:left].nonzero().flatten()  # to be filled with what stays behind them
-            movers = (~free[left:]).nonzero().flatten() + left
-        batch = self._images[taken], self._labels[taken]
+            gaps = free[:left].nonzero()[0]  # to be filled with what stays behind them
+            movers = (~free[left:]).nonzero()[0] + left
+        batch = torch.from_numpy(self._images[taken]), torch.from_numpy(self._labels[taken])
         for stored in (self._images, self._labels):
             stored[gaps] = stored[movers]
         self.count = left

@@ -69,9 +69,9 @@ class SourceConfig:
     has them. `webdataset`: tars."""
     path: str | None = None
     """Directory, file or pattern, here or in an object store (s3://, gs://, ...; credentials are
-    those of the environment). Of a folder: with train/<class>/ and val/<class>/ (or test/), or with
-    <class>/ alone. Of Parquet files and tars: names that begin with train, and with val, validation
-    or test, or folders of these names."""
+    those of the environment). Of a folder: with train/<class>/ and val/<class>/ (or validation/, or
+    test/), or with <class>/ alone. Of Parquet files and tars: names that begin with train, and with
+    val, validation or test, or folders of these names."""
     val_path: str | None = None
     """parquet, webdataset: where val is, if not under source.path."""
     name: Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN"] | None = None
@@ -122,6 +122,25 @@ class SourceConfig:
 
 def open_source(config: SourceConfig) -> Source:
     """The source that the configuration names. Raises SourceError."""
+    try:
+        return _open(config)
+    except SourceError:
+        raise
+    except ImportError as error:
+        if "://" not in str(config.path):
+            raise
+        raise SourceError(
+            f"source.path {config.path} needs a package: {error}; "
+            "the project's extras s3 and gcs have those of s3:// and gs://"
+        ) from error
+    except Exception as error:  # of whatever kind the library of an object store has for it
+        if not isinstance(error, OSError) and "://" not in str(config.path):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SourceError(f"cannot read source.path {config.path}: {reason}") from error
+
+
+def _open(config: SourceConfig) -> Source:
     fractions = (config.val_fraction, config.selection_fraction)
     if config.path is None:
         return BuiltinSource(config.selection_fraction)

@@ -10,6 +10,7 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.image_files import SUFFIXES, fetch, list_images, read_image
+from pipeline.sources.data_files import SPLIT_NAME
 from pipeline.sources.source import Found, Sample, SampleList, SourceError
 
 KAGGLE = "Data/CLS-LOC"  # where ImageNet as Kaggle packs it has train/ and val/
@@ -17,7 +18,8 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 
 
 class FolderSource(SampleList):
-    """An ImageFolder tree: train/<class>/**/<image> and val/ (or test/) alike, or <class>/ alone.
+    """An ImageFolder tree: train/<class>/**/<image> and val/ alike (or Val/, validation/, test/),
+    or <class>/ alone.
 
     Classes are the folders' names, sorted, or those of `subset` in its order; a key is the path
     below the root. ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
@@ -54,11 +56,11 @@ class FolderSource(SampleList):
         for place in (KAGGLE, f"ILSVRC/{KAGGLE}"):
             if (self.root / place).is_dir():
                 self.root = self.root / place
-        parts = _folders(self.root)
-        val_part = next((name for name in ("val", "test") if name in parts), None)
+        parts = _parts(_folders(self.root))
+        val_part = parts.get("val") or parts.get("test")
         if val_part and "train" not in parts:
             raise SourceError(f"{self.root} has {val_part}/ but no train/; it must have both")
-        train_part = "train" if "train" in parts else ""
+        train_part = parts.get("train", "")
         base = self.root / train_part
         folders = _folders(base)
         if not folders:
@@ -133,6 +135,16 @@ def subset_folders(subset: str) -> dict[str, str]:
             f"commas, got {subset!r}"
         )
     return {folder: known.get(folder, folder) for folder in folders}
+
+
+def _parts(folders: Sequence[str]) -> dict[str, str]:
+    """Which folder is train, val or test; of several that may be, one of that very name."""
+    found: dict[str, str] = {}
+    for name in folders:
+        if match := SPLIT_NAME.fullmatch(name):
+            part = match[1].lower()
+            found[part] = part if part in folders else name
+    return found
 
 
 def _folders(root: UPath) -> list[str]:

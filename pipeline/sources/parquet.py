@@ -49,8 +49,7 @@ class ParquetSource(SampleList):
             rejected=[],
         )
         super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
-        if not self.samples("train"):
-            raise SourceError(f"source.path {path} has no labelled row for train")
+        self.refuse_no_train(f"source.path {path}", "labelled row")
 
     def _list(self, files: Sequence[DataFile]) -> list[Labelled]:
         """Labels and paths of all rows; of the images nothing is read."""

@@ -121,6 +121,12 @@ class SampleList:
             self._rejected.append(Rejected(sample.key, reason))
         return kept
 
+    def refuse_no_train(self, place: str, what: str) -> None:
+        """Raise SourceError if there is no train image, with the reasons why."""
+        if not self._samples["train"]:
+            reasons = "".join(f"; {key}: {reason}" for key, reason in self.rejected[:2])
+            raise SourceError(f"{place} has no {what} for train{reasons}")
+
     def samples(self, split: Split) -> list[Sample]:
         """The samples of a split, in the order in which they were found."""
         return list(self._samples[split])

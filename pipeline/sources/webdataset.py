@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.image_files import SUFFIXES, fetch, read_image
 from pipeline.sources.data_files import DataFile, Labelled, sort_labels, split_files
-from pipeline.sources.source import Rejected, Sample, SampleList, SourceError
+from pipeline.sources.source import Rejected, Sample, SampleList
 
 BLOCK = 512  # of a tar file
 
@@ -56,8 +56,7 @@ class WebDatasetSource(SampleList):
             rejected=rejected,
         )
         super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
-        if not self.samples("train"):
-            raise SourceError(f"source.path {path} has no image with a label for train")
+        self.refuse_no_train(f"source.path {path}", "image with a label")
 
     @staticmethod
     def read(sample: Sample) -> Image.Image:

@@ -14,6 +14,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,15 @@ def _rss() -> int:
     return int(fields[1]) * 4096
 
 
-def _in_a_process(queue: Any, directory: str, manifest: Any, share: float, args: Any) -> None:
+def wait_in_a_fresh_process(
+    directory: str, manifest: Any, share: float, args: argparse.Namespace
+) -> dict[str, float]:
+    """`wait` with a budget of some share of all train images."""
     shards = ShardSet(UPath(directory), manifest)
     keyed_generator(0, "warm")  # torch allocates at its first use
     shards.load("val")
     budget = int(share * shards.image_bytes * sum(shards.counts("train")))
-    queue.put(wait(shards, budget, args))
+    return wait(shards, budget, args)
 
 
 def main() -> None:
@@ -151,14 +155,11 @@ def main() -> None:
             read["webdataset"].append(read_webdataset(shards, 256, args.workers, suffix))
             read["webdataset, no workers"].append(read_webdataset(shards, 256, 0, suffix))
         rates = {name: statistics.median(values) for name, values in read.items()}
-        spawn, waits = multiprocessing.get_context("spawn"), {}
+        waits = {}
         for name, share in (("resident", 1.0), ("a tenth", 0.1)):
-            queue = spawn.Queue()
-            arguments = (queue, folder, shards.manifest, share, args)
-            process = spawn.Process(target=_in_a_process, args=arguments)
-            process.start()
-            waits[name] = queue.get()
-            process.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                job = process.submit(wait_in_a_fresh_process, folder, shards.manifest, share, args)
+                waits[name] = job.result()
     best = max(rate for name, rate in rates.items() if name != "ours")
     result = {
         "options": {key: str(value) for key, value in vars(args).items()},

@@ -50,6 +50,7 @@ def test_every_preset_loads(preset: Path) -> None:
         (["--synthetic.factor", "64"], "factor must not exceed.*64 > 32"),
         (["--source.kind", "folder"], "source.path"),
         (["--source.kind", "cloud"], "builtin.*folder.*cloud"),
+        (["--source.name", "cifar"], "Expected one of 'CIFAR10', .*'SVHN' or nothing. Got .*cifar"),
         (["--config", "nowhere.toml"], "nowhere.toml.*builtin.toml"),
         (["--seed", "1", "--config", "x.toml"], "--config must come before"),
         (["sharrd"], "no stage 'sharrd'.*shard, pretrain"),

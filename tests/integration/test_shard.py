@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,15 @@ import webdataset
 from PIL import Image
 from upath import UPath
 
-from pipeline.shard import ShardConfig, build_manifest, plan, shard
+from pipeline.shard import (
+    FEWEST_IMAGES,
+    MOST_IMAGES,
+    ShardConfig,
+    build_manifest,
+    bundles,
+    plan,
+    shard,
+)
 from pipeline.shard_writer import encode, square, write_shard
 from pipeline.sources import SPLITS, FolderSource, Sample, SourceError, Split
 from pipeline.stage import Manifest
@@ -242,15 +252,20 @@ def test_killed_anywhere_the_bytes_are_the_same(tree: Path, tmp_path: Path, kill
 
 
 STAGE = """
-import sys
+import sys, time
 import ray
 from upath import UPath
 from pipeline.shard import ShardConfig, shard
 from pipeline.sources import FolderSource
 
+def slow(sample):
+    time.sleep(0.1)
+    return FolderSource.read(sample)
+
 ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
-config = ShardConfig(image_size=32, shard_size=4, max_bad=0.02)
-shard(FolderSource(UPath(sys.argv[1]), 0.1), config, UPath(sys.argv[2]))
+source = FolderSource(UPath(sys.argv[1]), 0.1)
+source.read = slow
+shard(source, ShardConfig(image_size=32, shard_size=4, max_bad=0.02), UPath(sys.argv[2]))
 """
 
 
@@ -260,17 +275,79 @@ def test_the_stage_itself_killed_leaves_the_same_bytes(tree: Path, tmp_path: Pat
     config = ShardConfig(image_size=32, shard_size=4, max_bad=0.02)
     write_serially(folder(tree), config, tmp_path / "whole")
     whole, moments = tars(tmp_path / "whole"), random.Random(1)
-    command = [sys.executable, "-c", STAGE, str(tree), str(tmp_path / "killed")]
-    for kill in range(10):
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", STAGE, str(tree), str(killed)]
+    kills = 0
+    while kills < 10:
+        before = len(tars(killed))
         with subprocess.Popen(command) as process:
-            while len(tars(tmp_path / "killed")) <= 4 * kill and process.poll() is None:
+            while len(tars(killed)) == before and process.poll() is None:
                 time.sleep(0.002)
-            time.sleep(moments.uniform(0, 0.05))
+            time.sleep(moments.uniform(0, 0.8))
+            kills += process.poll() is None
             process.send_signal(signal.SIGKILL)
         time.sleep(1)  # the tasks end with their driver
-        assert tars(tmp_path / "killed").items() <= whole.items()
+        assert tars(killed).items() <= whole.items()
+        if len(tars(killed)) == len(whole):
+            shutil.rmtree(killed)
     subprocess.run(command, check=True)
-    assert tars(tmp_path / "killed") == whole
+    assert tars(killed) == whole
+
+
+def test_a_killed_task_is_tried_again(tree: Path, ray_cluster: str, tmp_path: Path) -> None:
+    whole = write_serially(folder(tree), CONFIG, tmp_path / "whole")
+    source, marker = folder(tree), str(tmp_path / "killed once")
+    victim = source.samples("train")[60].key
+
+    def read(sample: Sample) -> Image.Image:
+        if sample.key == victim and not os.path.exists(marker):  # noqa: PTH110
+            os.close(os.open(marker, os.O_CREAT))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return FolderSource.read(sample)
+
+    source.read = read
+    manifest = shard(source, CONFIG, UPath(tmp_path / "shards"))
+    assert os.path.exists(marker)  # noqa: PTH110
+    assert tars(tmp_path / "shards") == tars(tmp_path / "whole")
+    assert {**manifest, "peak_rss_bytes": 0} == {**whole, "peak_rss_bytes": 0}
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from pipeline.image_files import StorageError
+from pipeline.stage import write_atomic
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_atomic(Path(sys.argv[1]) / "small", bytes(1000))
+try:
+    write_atomic(Path(sys.argv[1]) / "large.tar", bytes(1001))
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"cannot write {tmp_path}/large.tar: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 100])
+def test_bundles_grow_smaller_and_hold_every_shard_once(cpus: int) -> None:
+    tasks = plan(ListedSource([Sample(f"{k}", k % 2, "") for k in range(30_000)]), 100)
+    found = bundles(tasks, cpus)
+    assert [task for bundle in found for task in bundle] == tasks
+    images = [sum(len(task.samples) for task in bundle) for bundle in found]
+    assert max(images) <= MOST_IMAGES
+    assert images == sorted(images, reverse=True)
+    assert images[0] == {1: MOST_IMAGES, 2: MOST_IMAGES, 100: 200}[cpus]
+    assert images[-1] <= FEWEST_IMAGES
+    # What each of them costs, 0.15 s, is little beside the 60 s that all images take on one CPU.
+    assert len(found) <= max(20, 30_000 / FEWEST_IMAGES)
+    assert bundles([], cpus) == []
 
 
 @pytest.mark.parametrize("encoding", ["png", "jpeg", "raw"])

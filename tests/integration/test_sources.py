@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec import register_implementation
 from PIL import Image
 from upath import UPath
 
@@ -109,10 +110,26 @@ def test_folder_with_both_splits(tmp_path: Path) -> None:
     assert source.read(sample).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_folder_called_test_is_val(tmp_path: Path) -> None:
-    for name in ("train/a/1.png", "test/a/2.png"):
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("train", "test"), ("train", "validation"), ("Train", "Val"), ("training", "valid")],
+)
+def test_other_names_of_the_parts(tmp_path: Path, train: str, val: str) -> None:
+    for name in (f"{train}/a/1.png", f"{val}/a/2.png"):
         write(tmp_path / name)
-    assert [s.key for s in folder(tmp_path).samples("val")] == ["test/a/2.png"]
+    source = folder(tmp_path)
+    assert source.class_names == ("a",)
+    assert [s.key for s in source.samples("train")] == [f"{train}/a/1.png"]
+    assert [s.key for s in source.samples("val")] == [f"{val}/a/2.png"]
+
+
+def test_which_of_several_parts_is_val(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "test/a/2.png", "val/a/3.png", "validation/a/4.png"):
+        write(tmp_path / name)
+    assert [s.key for s in folder(tmp_path).samples("val")] == ["val/a/3.png"]
+    for name in ("train-station/1.png", "testament/1.png", "testament/2.png"):  # classes
+        write(tmp_path / "classes" / name)
+    assert folder(tmp_path / "classes").class_names == ("testament", "train-station")
 
 
 def test_held_out_part_is_stable_and_in_every_class(tmp_path: Path) -> None:
@@ -211,6 +228,32 @@ def test_wrong_trees_are_told_in_one_line(tmp_path: Path, files: list[str], mess
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"nowhere is not a directory; it must be"):
         folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Unable to locate\ncredentials"), "cannot read .* Unable to locate cred"),
+        (PermissionError("Forbidden"), "cannot read .*: PermissionError: Forbidden"),
+        (ImportError("Install s3fs"), r"needs a package: Install s3fs; .* extras s3 and gcs"),
+    ],
+)
+def test_an_object_store_that_fails_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, kind: str, error: Exception, message: str
+) -> None:
+    class Failing(type(UPath("memory://x").fs)):
+        def __getattribute__(self, name: str) -> object:
+            if name in ("isdir", "info", "find", "ls"):
+                raise error
+            return super().__getattribute__(name)
+
+    register_implementation("failing", Failing, clobber=True)
+    config = SourceConfig(kind=kind, path="failing://bucket/set")
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(config)
+    assert "failing://bucket/set" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
