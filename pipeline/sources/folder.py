@@ -19,8 +19,9 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 class FolderSource(SampleList):
     """An ImageFolder tree: train/<class>/**/<image> and val/ (or test/) alike, or <class>/ alone.
 
-    Classes are the folders' names, sorted, or those of `subset` in its order; a key is the path
-    below the root. ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
+    Classes are the folders' names, sorted, or those of `subset` in its order; those of ImageNet
+    whose words are known bear these instead of n01440764. A key is the path below the root.
+    ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class FolderSource(SampleList):
         val = self._list(val_part, list(names), versions) if val_part else None
         if val_part and not val:
             val = self._kaggle_val(val_part, list(names), versions)
-        return Found(list(names.values()), train, val, versions)
+        return Found(list(names.values()), train, val, versions, titles=_imagenet()[1])
 
     def _list(self, part: str, folders: Sequence[str], versions: list[object]) -> list[Sample]:
         samples = []
@@ -120,9 +121,7 @@ def subset_folders(subset: str) -> dict[str, str]:
     """Folder -> name of the class, in the order of the labels, of a subset of ImageNet by its name,
     or of folders separated by commas. Raises SourceError.
     """
-    text = files("pipeline.sources").joinpath("imagenet_subsets.json").read_text()
-    subsets = json.loads(text)["subsets"]
-    known = {entry["wnid"]: entry["name"] for part in subsets.values() for entry in part}
+    subsets, known = _imagenet()
     if subset in subsets:
         folders = [entry["wnid"] for entry in subsets[subset]]
     elif "," in subset or subset in known:
@@ -133,6 +132,13 @@ def subset_folders(subset: str) -> dict[str, str]:
             f"commas, got {subset!r}"
         )
     return {folder: known.get(folder, folder) for folder in folders}
+
+
+def _imagenet() -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+    """The subsets by name, and what is known of ImageNet's classes: folder -> name."""
+    text = files("pipeline.sources").joinpath("imagenet_subsets.json").read_text()
+    subsets: dict[str, list[dict[str, str]]] = json.loads(text)["subsets"]
+    return subsets, {e["wnid"]: e["name"] for part in subsets.values() for e in part}
 
 
 def _folders(root: UPath) -> list[str]:
