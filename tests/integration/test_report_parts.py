@@ -97,6 +97,17 @@ def test_accuracies_have_intervals_and_legacy_beside_the_last_epoch(page: Page) 
     assert "not comparable with the DD-Ranking leaderboard" in page.text
 
 
+def test_several_networks_stand_side_by_side(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "networks")
+    rows = [row(name, [0.1, 0.2]) for name in ("random", "distilled")]
+    rows.append(row("distilled", [0.3, 0.4], network="vgg11"))
+    (directory / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    text = report(directory).text
+    dash = "\N{EN DASH}"
+    assert "Accuracy, % convnet vgg11 Distilled 15.0 ± 7.1 35.0 ± 7.1" in text
+    assert f"Random images 15.0 ± 7.1 {dash} In full" in text
+
+
 def test_best_and_worst_classes_with_what_they_are_taken_for(page: Page) -> None:
     assert "dog 90.0 %; most often taken for cat (10 %)" in page.text
     assert "tench, Tinca tinca 40.0 %; most often taken for dog (30 %)" in page.text
