@@ -70,6 +70,15 @@ def check_tracking(config: TrackingConfig) -> None:
             raise UsageError(
                 f"tracking.{package} needs the package {package}: pip install 'ncfm-ray[{package}]'"
             )
+    if config.mlflow is not None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            MlflowClient(config.mlflow)  # asks no server yet
+        except (MlflowException, ImportError) as error:
+            why = str(error).splitlines()[0]
+            raise UsageError(f"tracking.mlflow {config.mlflow} cannot be used: {why}") from error
 
 
 def _in_ray() -> bool:

@@ -102,9 +102,8 @@ def test_a_missing_package_is_a_usage_error(
 
 def test_mlflow_goes_on_with_the_same_run(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    if pytest.importorskip("importlib.util").find_spec("sqlalchemy") is None:
-        uri = f"file://{tmp_path}/mlruns"
     for step in (10, 20):  # the second time as after an interruption
         trackers = Trackers(tracked(tmp_path, tensorboard=False, mlflow=uri), step - 10)
         trackers.log(row(step, step / 100))
@@ -115,6 +114,13 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path) -> None:
     assert run.data.params == {"distill.lr": "0.01"}
     history = client.get_metric_history(run.info.run_id, "distill/ncfd")
     assert [(m.step, m.value) for m in history] == [(10, 0.1), (20, 0.2)]
+
+
+def test_a_server_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    command = parse_command(["--tracking.mlflow", "gopher://x", "--storage_path", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"tracking.mlflow gopher://x cannot be used: .*gopher"):
+        Run(command)
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
