@@ -188,6 +188,7 @@ class Run:
                 name=self.directory.name,
                 identity=identity,
                 tensorboard=self.directory / "tensorboard" / "distill",
+                directory=self.directory,
                 options=dotted(dataclasses.asdict(cfg)),
             ),
         )

@@ -26,6 +26,7 @@ def tracked(folder: Path, **config: Any) -> TrackedRun:
         name="a-run",
         identity="0123456789abcdef",
         tensorboard=UPath(folder / "tensorboard"),
+        directory=UPath(folder),
         options={"distill.lr": 0.01},
     )
 
@@ -123,14 +124,17 @@ def test_a_server_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
         Run(command)
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     trackers = Trackers(tracked(tmp_path, tensorboard=False, wandb="project"), 0)
     trackers.log(row(10, 0.5))
     trackers.close()
     assert list(tmp_path.glob("wandb/offline-run-*-0123456789abcdef/*.wandb"))
+    assert caplog.text == "", "neither given up nor left open"
 
 
 def test_dotted() -> None:
