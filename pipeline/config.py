@@ -105,7 +105,8 @@ class TrackingConfig:
     tensorboard: bool = True
     """Whether to write <run>/tensorboard/ (not in an object store)."""
     mlflow: str | None = None
-    """URI of an MLflow tracking server, or of a directory; needs the extra `mlflow`."""
+    """URI of an MLflow tracking server (http://...), or, where sqlalchemy is installed, of a
+    database (sqlite:///...); needs the extra `mlflow`."""
     wandb: str | None = None
     """Project of Weights & Biases; needs the extra `wandb`."""
 

@@ -122,7 +122,8 @@ class Run:
             connect()
             return shard(self.source, self.config.shard, self.shard_directory)
 
-        return self._stage("shard", self.shard_directory, self.shard_directory.name, build)
+        found = self._stage("shard", self.shard_directory, self.shard_directory.name, build)
+        return {**found, "class_names": list(self.source.class_names)}  # as they are called by now
 
     # ------------------------------------------------------------------ pretrain
 
@@ -193,6 +194,7 @@ class Run:
                 name=self.directory.name,
                 identity=identity,
                 tensorboard=self.directory / "tensorboard" / "distill",
+                directory=self.directory,
                 options=dotted(dataclasses.asdict(cfg)),
             ),
         )

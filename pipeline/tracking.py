@@ -5,6 +5,7 @@ anew, or not at all, without a change to its result.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class TrackedRun:
     name: str
     identity: str  # a run that goes on is recognised by it
     tensorboard: UPath  # where its event files lie
+    directory: UPath  # of the run
     options: Mapping[str, Any]  # by dotted name
 
     def open(self, step: int) -> list[Tracker]:
@@ -70,6 +72,15 @@ def check_tracking(config: TrackingConfig) -> None:
             raise UsageError(
                 f"tracking.{package} needs the package {package}: pip install 'ncfm-ray[{package}]'"
             )
+    if config.mlflow is not None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            MlflowClient(config.mlflow)  # asks no server yet
+        except (MlflowException, ImportError) as error:
+            why = str(error).splitlines()[0]
+            raise UsageError(f"tracking.mlflow {config.mlflow} cannot be used: {why}") from error
 
 
 def _in_ray() -> bool:
@@ -168,11 +179,14 @@ class WandB:
     def __init__(self, project: str, run: TrackedRun) -> None:
         import wandb
 
+        directory, local = run.directory, isinstance(run.directory, Path)
         self._run = wandb.init(
             project=project,
             id=run.identity,
             name=run.name,
             config=dict(run.options),
+            # A worker's own directory goes with its session, and an offline run with it.
+            dir=os.environ.get("WANDB_DIR") or (str(directory) if local else None),
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
         )
@@ -183,7 +197,7 @@ class WandB:
 
     def close(self) -> None:
         """Upload the rest."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Trackers:

@@ -7,6 +7,7 @@ therefore runs under Ray Train, under plain torch.distributed, and in one proces
 import logging
 import math
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -99,6 +100,9 @@ def connect() -> None:
             dashboard_host="127.0.0.1",
             dashboard_port=port,
         )
+    if threading.current_thread() is threading.main_thread():
+        # What `ray job stop` sends: Ray would print a stack trace and die.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _free_port() -> int:

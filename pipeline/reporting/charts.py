@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 BLUE, ORANGE, GREY = "#2f80d0", "#d5681c", "#7b828c"
 _GRID = "rgba(128, 134, 145, 0.25)"
 _MAX_POINTS = 1000  # a curve; a screen is not wider
+_FEW_EPOCHS = 10
 _AVERAGED_SHARE = 25  # the bold line averages 1/25 of the logged steps
 
 # Key of a row -> (title, what it is). Keys not named here get a chart under their own name.
@@ -61,9 +62,12 @@ def distillation_charts(rows: Sequence[Row]) -> list[Chart]:
     steps = sorted(by_step)
     found = {key for row in rows for key in row if key.startswith("distill/")} - _NO_CHART
     known = [key for key in _DISTILL if key in found]
+    moving = bool(found & {"distill/psi_ncfd", "distill/psi_objective"})
     charts = []
     for key in [*known, *sorted(found - set(known))]:
         title, note = _DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "), ""))
+        if key == "distill/ncfd" and moving:
+            note += " At frequencies that ψ moves to where they differ most, it may rise."
         points = [
             (step, float(value))
             for step in steps
@@ -125,6 +129,8 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
         summary += f" Held out: {_range(y)}."
     figure = go.Figure(traces, chart_layout(x="epoch", y="accuracy, %"))
     figure.update_layout(hovermode="closest")
+    if max(map(max, curves.values())) <= _FEW_EPOCHS:
+        figure.update_xaxes(dtick=1)  # else plotly marks halves of them
     return Chart(
         name="pretrain-accuracy",
         title="Pretraining of the feature extractors",

@@ -1,5 +1,6 @@
 """`run.py compare RUN RUN ...`: the tables and curves of several runs side by side, in one page."""
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -120,8 +121,13 @@ def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
     """The options that are not the same in all runs."""
     flat = [_flat("", config) for config in configs]
     keys = sorted({key for options in flat for key in options} - {"name"})
-    rows = [(key, [str(options.get(key, NOTHING)) for options in flat]) for key in keys]
+    rows = [(key, [_value(options.get(key, NOTHING)) for options in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _value(value: object) -> str:
+    """As it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from pipeline.reporting.charts import accuracy_chart, distillation_charts, pretr
 from pipeline.reporting.gallery import data_uri, gallery
 from pipeline.reporting.search_charts import search
 from pipeline.reporting.sections import audit_section, class_section, steps_section, uses_section
-from pipeline.reporting.tables import SET_NAMES, duration, evaluation_rows, headline, stage_rows
+from pipeline.reporting.tables import (
+    SET_NAMES,
+    by_network,
+    duration,
+    evaluation_rows,
+    headline,
+    stage_rows,
+)
 from pipeline.stage import read_json, write_atomic
 
 
@@ -119,6 +126,7 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         "images_per_class": manifest["images_per_class"],
         "headline": headline(evaluation),
         "evaluation": evaluation,
+        "by_network": by_network(evaluation),
         "runs": accuracy_chart([(row.label, row.runs) for row in evaluation])
         if evaluation
         else None,
@@ -146,6 +154,7 @@ _NOTHING: dict[str, Any] = {
     "set": None,
     "headline": {},
     "evaluation": [],
+    "by_network": ([], {}),
     "runs": None,
     "charts": [],
     "reproduce": None,

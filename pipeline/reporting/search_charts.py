@@ -73,7 +73,7 @@ def learning_curves(rows: Sequence[Row]) -> Chart | None:
         return None
     figure = go.Figure(traces, chart_layout(x="step", y="accuracy, %"))
     figure.update_layout(hovermode="closest")
-    best, trial = max(last)
+    best, trial = max(last, key=lambda pair: pair[0])  # of equals the first, as everywhere
     return Chart(
         name="tune-curves",
         title="Trials",

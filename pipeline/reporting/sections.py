@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from upath import UPath
 
 from ncfm import SyntheticSet
@@ -34,8 +35,8 @@ AUDIT_COLUMNS = {
 }
 AUDIT_NAMES = {
     "ncfd": "NCFD, mean of the classes",
-    "amplitude": "amplitude part (diversity)",
-    "phase": "phase part (realism)",
+    "amplitude": "NCFD, amplitude part (diversity)",
+    "phase": "NCFD, phase part (realism)",
     "frechet": "Fréchet distance",
     "precision": "Precision",
     "recall": "Recall",
@@ -154,8 +155,15 @@ def audit_section(directory: UPath, names: Sequence[str]) -> dict[str, Any] | No
 def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None or row["value"] is None:
         return NOTHING
-    spread = "" if row["std"] is None else f" ± {row['std']:.1g}"
-    return "0" if abs(row["value"]) < 1e-6 else f"{row['value']:.3g}{spread}"
+    spread = "" if row["std"] is None else f" ± {_digits(row['std'], 1)}"
+    return "0" if abs(row["value"]) < 1e-6 else f"{_digits(row['value'], 3)}{spread}"
+
+
+def _digits(value: float, count: int) -> str:
+    """So many digits that count, never an exponent."""
+    return np.format_float_positional(
+        value, precision=count, unique=False, fractional=False, trim="-"
+    )
 
 
 def uses_section(directory: UPath) -> list[Chart]:

@@ -73,6 +73,16 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
     return result
 
 
+def by_network(rows: Sequence[EvaluationRow]) -> tuple[list[str], dict[str, list[Any]]]:
+    """The networks, and by set its row for each of them, None where there is none."""
+    networks = list(dict.fromkeys(row.network for row in rows))
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        label = row.label.removesuffix(f", {row.network}")
+        found.setdefault(label, [None] * len(networks))[networks.index(row.network)] = row
+    return networks, found
+
+
 def _interval(mean: float, half: float | None) -> tuple[float, float] | None:
     """In percent; no accuracy is outside of 0 to 100."""
     if half is None:

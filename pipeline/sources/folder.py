@@ -21,8 +21,9 @@ class FolderSource(SampleList):
     """An ImageFolder tree: train/<class>/**/<image> and val/ alike (or Val/, validation/, test/),
     or <class>/ alone.
 
-    Classes are the folders' names, sorted, or those of `subset` in its order; a key is the path
-    below the root. ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
+    Classes are the folders' names, sorted, or those of `subset` in its order; those of ImageNet
+    whose words are known bear these instead of n01440764. A key is the path below the root.
+    ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class FolderSource(SampleList):
         val = self._list(val_part, list(names), versions) if val_part else None
         if val_part and not val:
             val = self._kaggle_val(val_part, list(names), versions)
-        return Found(list(names.values()), train, val, versions)
+        return Found(list(names.values()), train, val, versions, titles=_imagenet()[1])
 
     def _list(self, part: str, folders: Sequence[str], versions: list[object]) -> list[Sample]:
         samples = []
@@ -122,9 +123,7 @@ def subset_folders(subset: str) -> dict[str, str]:
     """Folder -> name of the class, in the order of the labels, of a subset of ImageNet by its name,
     or of folders separated by commas. Raises SourceError.
     """
-    text = files("pipeline.sources").joinpath("imagenet_subsets.json").read_text()
-    subsets = json.loads(text)["subsets"]
-    known = {entry["wnid"]: entry["name"] for part in subsets.values() for entry in part}
+    subsets, known = _imagenet()
     if subset in subsets:
         folders = [entry["wnid"] for entry in subsets[subset]]
     elif "," in subset or subset in known:
@@ -145,6 +144,13 @@ def _parts(folders: Sequence[str]) -> dict[str, str]:
             part = match[1].lower()
             found[part] = part if part in folders else name
     return found
+
+
+def _imagenet() -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+    """The subsets by name, and what is known of ImageNet's classes: folder -> name."""
+    text = files("pipeline.sources").joinpath("imagenet_subsets.json").read_text()
+    subsets: dict[str, list[dict[str, str]]] = json.loads(text)["subsets"]
+    return subsets, {e["wnid"]: e["name"] for part in subsets.values() for e in part}
 
 
 def _folders(root: UPath) -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
@@ -68,6 +68,7 @@ class Found:
     val: Sequence[Sample] | None  # None: there is no val part
     versions: Iterable[object]  # JSON values that change with the samples
     rejected: Sequence[Rejected] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)  # name -> what people call the class
 
 
 class SampleList:
@@ -95,10 +96,13 @@ class SampleList:
         if selection_fraction:
             select, train = _divide(train, selection_fraction, salt="select/")
         self._samples: dict[Split, list[Sample]] = {"train": train, "val": val, "select": select}
-        self.class_names = tuple(found.class_names[label] for label in filled)
+        names = tuple(found.class_names[label] for label in filled)
+        titles = tuple(found.titles.get(name, name) for name in names)
+        self.class_names = titles if len({*titles}) == len(titles) else names
         self.rejected = tuple(self._rejected)
+        # Of the names, not the titles: what was made before a title was known is still good.
         content = hashlib.sha256()
-        division = [self.class_names, found.val is None and val_fraction]
+        division = [names, found.val is None and val_fraction]
         for part in (division + [selection_fraction] * bool(selection_fraction), *found.versions):
             content.update(json.dumps(part).encode())
         self._fingerprint = content.hexdigest()[:16]

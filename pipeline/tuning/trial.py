@@ -156,6 +156,7 @@ class SweepJob:
                 name=f"{self.name}-trial-{number:03d}",
                 identity=identity,
                 tensorboard=tracked.tensorboard.parent / f"trial-{number:03d}-{identity}",
+                directory=tracked.directory,
                 options=values,
             )
         job = replace(

@@ -3,12 +3,18 @@
 They run under `pytest -m long`.
 """
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from raylets import (
@@ -22,6 +28,7 @@ from raylets import (
 )
 
 import ncfm
+from pipeline.progress import read_rows
 
 __all__ = ["scratch"]  # a fixture
 
@@ -45,43 +52,143 @@ def options(storage: Path, **changes: str) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", value)]
 
 
-@pytest.mark.long
-def test_job_submit_carries_results_and_exit_status(scratch: Path, tmp_path: Path) -> None:
-    environment = ray_environment(scratch) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
-    port = int(environment["RAY_PORT"])
-    head = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
-    head += [f"--dashboard-port={port + 5}", "--object-store-memory=100000000"]
-    head += [f"--dashboard-agent-listen-port={port + 2}", f"--metrics-export-port={port + 3}"]
-    log = scratch / "log"
-    process = start(head, environment, log)
-    try:
-        wait_for_text(log, "Ray runtime started", process)
-        client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port + 5}"}
+@dataclass(frozen=True)
+class Client:
+    """Whoever submits jobs to a cluster of a head and two raylets, one CPU each."""
 
-        def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
-            command = ["ray", "job", "submit", "--working-dir", str(ROOT)]
-            command += ["--runtime-env", str(ROOT / "cluster" / "runtime_env.yaml"), "--"]
-            command += ["python", "pipeline/run.py", *arguments]
-            for _ in range(10):
-                done = subprocess.run(command, env=client, capture_output=True, text=True, cwd=ROOT)
-                if "No available agent" not in done.stderr:  # the head is still starting
-                    break
-                time.sleep(3)
-            return done
+    environment: dict[str, str]
 
-        done = submit(*options(tmp_path / "runs"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "random_same_factor" in done.stdout
-        assert (
-            "\x1b[" not in done.stdout[done.stdout.index("[shard]") : done.stdout.index("report:")]
+    def ray(self, *words: str) -> CompletedProcess[str]:
+        return subprocess.run(
+            ["ray", *words], env=self.environment, capture_output=True, text=True, cwd=ROOT
         )
-        assert len(ncfm.load(tmp_path / "runs" / "builtin" / "distilled").images) == 10
-        failed = submit("--ipc", "0")
-        assert failed.returncode == 1
-        assert "exit code 2" in failed.stdout + failed.stderr
-        assert "ipc must be at least 1, got 0" in failed.stdout
-    finally:
-        end(process)
+
+    def submit(self, *arguments: str, options: Sequence[str] = ()) -> CompletedProcess[str]:
+        """As cluster/README.md says."""
+        command = ["job", "submit", "--working-dir", ".", *options]
+        command += ["--runtime-env", "cluster/runtime_env.yaml", "--"]
+        return self.ray(*command, "python", "pipeline/run.py", *arguments)
+
+    def listed(self, what: str, **filters: str) -> list[dict[str, str]]:
+        """What the cluster says of its nodes or actors."""
+        words = [w for key, value in filters.items() for w in ("--filter", f"{key}={value}")]
+        address = f"--address={self.environment['RAY_API_SERVER_ADDRESS']}"
+        done = self.ray("list", what, address, "--format=json", "--limit=1000", *words)
+        assert done.returncode == 0, done.stderr
+        found: list[dict[str, str]] = (
+            [] if "No resource" in done.stdout else json.loads(done.stdout)
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """cluster/local.sh 2."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
+        scratch = Path(folder)
+        environment = ray_environment(scratch) | {"CPUS_PER_RAYLET": "1"}
+        dashboard = int(environment["RAY_PORT"]) + 5
+        log = scratch / "log"
+        script = ["bash", str(ROOT / "cluster" / "local.sh"), "2"]
+        process = start(script, environment | {"DASHBOARD_PORT": str(dashboard)}, log)
+        try:
+            wait_for_text(log, "Ctrl-C ends the cluster", process)
+            token = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", log.read_text())
+            assert token
+            yield Client(
+                environment
+                | {
+                    "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN_PATH": token[1],
+                }
+            )
+        finally:
+            end(process)
+
+
+def pipelines_part(log: str) -> str:
+    """What the job wrote; before and after it, `ray job submit` speaks, in colours."""
+    return log[log.index("[shard]") : log.index("report:")]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_job_submit_distils_on_both_raylets(client: Client, tmp_path: Path) -> None:
+    done = client.submit(*options(tmp_path / "runs", num_workers="2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "random_same_factor" in done.stdout
+    assert "\x1b" not in pipelines_part(done.stdout)
+    assert len(ncfm.load(tmp_path / "runs" / "builtin" / "distilled").images) == 10
+    rows = read_rows(tmp_path / "runs" / "builtin" / "metrics.jsonl")
+    assert all(row["distill/bytes_per_step"] > 0 for row in rows if row["stage"] == "distill")
+    workers = client.listed("actors", class_name="RayTrainWorker")
+    assert len(workers) == 4, "two of the pretraining, two of the distillation"
+    (head,) = (node["node_id"] for node in client.listed("nodes") if node["is_head_node"])
+    nodes = {worker["node_id"] for worker in workers}
+    assert len(nodes) == 2
+    assert head not in nodes
+
+
+@pytest.mark.long
+def test_a_job_that_fails_says_so(client: Client) -> None:
+    failed = client.submit("--ipc", "0")
+    assert failed.returncode == 1
+    assert "exit code 2" in failed.stdout + failed.stderr
+    assert "ipc must be at least 1, got 0" in failed.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_search_as_a_job(client: Client, tmp_path: Path) -> None:
+    preset = tmp_path / "search.toml"
+    preset.write_text("[tune]\nsamples = 2\nepochs = 1\n[tune.space.ipc]\ngrid = [1, 2]\n")
+    small = {k: v for k, v in TINY.items() if k.startswith(("shard", "model", "pre", "distill"))}
+    words = [word for key, value in small.items() for word in (f"--{key}", value)]
+    storage = ["--storage_path", str(tmp_path / "runs")]
+    done = client.submit("tune", "--config", str(preset), *words, *storage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\x1b" not in pipelines_part(done.stdout)
+    found = json.loads((tmp_path / "runs" / "search" / "tune" / "results.json").read_text())
+    assert [row["values"]["ipc"] for row in found["trials"]] == [1, 2, 1, 2]
+    assert {row["status"] for row in found["trials"]} <= {"finished", "stopped"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_stopped_job_ends_cleanly_and_goes_on_later(client: Client, tmp_path: Path) -> None:
+    slow = {"distill.num_steps": "1500", "runtime.checkpoint_every_s": "1", "num_workers": "2"}
+    arguments = options(tmp_path / "runs", **slow)
+    begun = client.submit(*arguments, options=["--no-wait", "--submission-id", "stopped"])
+    assert begun.returncode == 0, begun.stderr
+    metrics = tmp_path / "runs" / "builtin" / "metrics.jsonl"
+
+    def steps() -> list[int]:
+        return [row["step"] for row in read_rows(metrics) if row["stage"] == "distill"]
+
+    deadline = time.monotonic() + 200
+    while max(steps(), default=0) < 100:
+        assert time.monotonic() < deadline, client.ray("job", "logs", "stopped").stdout
+        time.sleep(0.5)
+    stopped = client.ray("job", "stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "'stopped' was stopped" in client.ray("job", "status", "stopped").stdout
+    log = client.ray("job", "logs", "stopped").stdout
+    assert "interrupted; the same command goes on" in log
+    assert "Traceback" not in log, log
+    assert "SIGTERM" not in log, log
+    assert "\x1b" not in log[log.index("[shard]") :]
+    deadline = time.monotonic() + 60
+    while client.listed("actors", class_name="RayTrainWorker", state="ALIVE"):
+        assert time.monotonic() < deadline, "a worker outlives its job"
+        time.sleep(1)
+    assert not (tmp_path / "runs" / "builtin" / "distilled").exists()
+    left = max(steps())
+    done = client.submit(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = next(line for line in done.stdout.splitlines() if "ncfd" in line)
+    assert int(first.split("[distill] ")[1].split("/")[0]) > left // 2, "it began again"
+    assert steps() == sorted(set(steps())), "no row twice"
 
 
 @pytest.mark.long

@@ -38,11 +38,11 @@ def audited(directory: UPath) -> None:
             "extractor": extractor,
             "set": name,
             "value": value,
-            "std": None if name == "distilled" else 0.01,
+            "std": {"random": 0.01, "noise": 0.00008}.get(name),
             "draws": 3,
         }
         for measure, extractor in (("ncfd", "convnet"), ("nearest_real", ""))
-        for name, value in (("distilled", 0.1234), ("random", 0.25), ("noise", None))
+        for name, value in (("distilled", 0.1234), ("random", 0.25), ("noise", 1234.5))
     ]
     per_class = {"convnet": {"distilled": [0.1, 0.2, 0.3], "random": [0.2, 0.3, 0.4]}}
     content = {"rows": rows, "per_class_ncfd": per_class, "real_images": 300}
@@ -65,10 +65,8 @@ def stepped(directory: UPath) -> None:
 
 
 def used(directory: UPath) -> None:
-    rows = [
-        {"set": "distilled", "steps": 2, "step": s, "classes": s + 1, "mean": 0.5, "std": 0.1}
-        for s in (1, 2)
-    ]
+    row = {"set": "distilled", "steps": 2, "accuracy": [0.4, 0.6], "mean": 0.5, "std": 0.1}
+    rows = [row | {"step": s, "classes": s + 1} for s in (1, 2)]
     (directory / "continual.json").write_text(json.dumps({"rows": rows}))
     sets = {"whole": {"mean": [0.7, 0.8, 0.9]}, "distilled": {"mean": [0.3, 0.5, 0.4]}}
     sets["distilled"] |= {"correlation": 0.5, "p_value": 0.6, "best_found": 0.8}  # type: ignore[dict-item]
@@ -99,6 +97,17 @@ def test_accuracies_have_intervals_and_legacy_beside_the_last_epoch(page: Page) 
     assert "not comparable with the DD-Ranking leaderboard" in page.text
 
 
+def test_several_networks_stand_side_by_side(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "networks")
+    rows = [row(name, [0.1, 0.2]) for name in ("random", "distilled")]
+    rows.append(row("distilled", [0.3, 0.4], network="vgg11"))
+    (directory / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    text = report(directory).text
+    dash = "\N{EN DASH}"
+    assert "Accuracy, % convnet vgg11 Distilled 15.0 ± 7.1 35.0 ± 7.1" in text
+    assert f"Random images 15.0 ± 7.1 {dash} In full" in text
+
+
 def test_best_and_worst_classes_with_what_they_are_taken_for(page: Page) -> None:
     assert "dog 90.0 %; most often taken for cat (10 %)" in page.text
     assert "tench, Tinca tinca 40.0 %; most often taken for dog (30 %)" in page.text
@@ -116,7 +125,7 @@ def test_the_slider_has_a_picture_for_every_whole_snapshot(page: Page) -> None:
 
 def test_fidelity_stands_beside_its_references(page: Page) -> None:
     dash = "\N{EN DASH}"
-    cells = f"{dash} 0.123 0.25 ± 0.01 {dash} {dash} {dash}"
+    cells = f"{dash} 0.123 0.25 ± 0.01 {dash} {dash} 1230 ± 0.00008"
     assert f"NCFD, mean of the classes lower is better {cells}" in page.text
     assert "the 24 training images of the distilled set are to all 300 real ones" in page.text
     assert any(a["alt"].startswith("Distilled images above") for a in page.all("img"))
@@ -124,6 +133,8 @@ def test_fidelity_stands_beside_its_references(page: Page) -> None:
 
 def test_uses_are_drawn_and_names_stay_text(page: Page) -> None:
     assert "Rank correlation with the whole set: Distilled +0.50." in page.text
+    assert "reaches on the whole one: Distilled 80.0 %; the best of all: 90.0 %." in page.text
+    assert "Bars: standard deviation over 2 orders of the classes." in page.text
     assert "After the last step: Distilled 50.0 %." in page.text
     texts = [t for f in page.figures() for trace in f["data"] for t in trace.get("text", [])]
     assert "&lt;b&gt;a" in texts

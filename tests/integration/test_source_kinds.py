@@ -241,6 +241,32 @@ def test_subsets_of_imagenet(tmp_path: Path) -> None:
         open_source(SourceConfig(subset="imagesquak", **config))
 
 
+def test_classes_of_imagenet_bear_words(tmp_path: Path) -> None:
+    """In a plain folder, too; labels and keys are as without the words."""
+    image = png(Image.new("RGB", (4, 4)))
+    folders = ["n01440764", "n02102040", "n99999999"]
+    write_folder([(s, f, image) for f in folders for s in ("train", "val")], tmp_path / "set")
+    source = open_source(SourceConfig(kind="folder", path=str(tmp_path / "set")))
+    assert source.class_names == ("tench", "English springer", "n99999999")
+    for sample in source.samples("train") + source.samples("val"):
+        assert sample.key.split("/")[1] == folders[sample.label]
+    write_folder([("train", "tench", image)], tmp_path / "set")
+    clash = open_source(SourceConfig(kind="folder", path=str(tmp_path / "set")))
+    assert clash.class_names == (*folders, "tench")  # no two classes of one name
+
+
+def test_titles_are_no_part_of_the_fingerprint() -> None:
+    """So that what was made before a title was known is found again."""
+    samples = [Sample(key, label, key) for label, key in enumerate("abcd")]
+
+    def source(names: str, **titles: str) -> SampleList:
+        return SampleList(Found(names, samples, samples, [], titles=titles), val_fraction=0.1)
+
+    assert source("abcd", b="beta").class_names == ("a", "beta", "c", "d")
+    assert source("abcd", b="beta").fingerprint() == source("abcd").fingerprint()
+    assert source("abcd").fingerprint() != source("abxd").fingerprint()
+
+
 def test_imagenet_as_kaggle_packs_it(tmp_path: Path) -> None:
     base = tmp_path / "ILSVRC/Data/CLS-LOC"
     rows = [("n01440764", 3), ("n02102040", 2)]

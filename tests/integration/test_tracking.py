@@ -26,6 +26,7 @@ def tracked(folder: Path, **config: Any) -> TrackedRun:
         name="a-run",
         identity="0123456789abcdef",
         tensorboard=UPath(folder / "tensorboard"),
+        directory=UPath(folder),
         options={"distill.lr": 0.01},
     )
 
@@ -102,9 +103,8 @@ def test_a_missing_package_is_a_usage_error(
 
 def test_mlflow_goes_on_with_the_same_run(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    if pytest.importorskip("importlib.util").find_spec("sqlalchemy") is None:
-        uri = f"file://{tmp_path}/mlruns"
     for step in (10, 20):  # the second time as after an interruption
         trackers = Trackers(tracked(tmp_path, tensorboard=False, mlflow=uri), step - 10)
         trackers.log(row(step, step / 100))
@@ -117,14 +117,24 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path) -> None:
     assert [(m.step, m.value) for m in history] == [(10, 0.1), (20, 0.2)]
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    command = parse_command(["--tracking.mlflow", "gopher://x", "--storage_path", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"tracking.mlflow gopher://x cannot be used: .*gopher"):
+        Run(command)
+
+
+def test_wandb_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     trackers = Trackers(tracked(tmp_path, tensorboard=False, wandb="project"), 0)
     trackers.log(row(10, 0.5))
     trackers.close()
     assert list(tmp_path.glob("wandb/offline-run-*-0123456789abcdef/*.wandb"))
+    assert caplog.text == "", "neither given up nor left open"
 
 
 def test_dotted() -> None:

@@ -59,12 +59,12 @@ retries = 1
 loguniform = [1e-3, 1e-1]
 """
 IPC = "[tune.space.ipc]\ngrid = [1, 2]\n"
-# A rotating class of this budget has no room for a batch of 1000; psi's rate overflows.
+# A rotating class of this budget has no room for a batch of 1000; frequencies so large overflow.
 FAILURES = """
 [tune.space."distill.real_batch"]
 grid = [8, 1000]
-[tune.space."frequencies.lr"]
-grid = [1e-3, 1e30]
+[tune.space."frequencies.sigma"]
+grid = [1.0, 1e39]
 """
 
 
@@ -182,7 +182,7 @@ def test_what_would_only_fail_again_is_a_result(
     sweep = SweepJob(name="x", config=found.config, directory=UPath(tmp_path), inputs=inputs)
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.tune.report", reports.append)
-    run_trial({"number": 7, "values": json.dumps({"frequencies.lr": 1e30})}, sweep=sweep)
+    run_trial({"number": 7, "values": json.dumps({"frequencies.sigma": 1e39})}, sweep=sweep)
     assert [set(report) for report in reports] == [{"number", "failure"}]
     assert "not finite" in reports[0]["failure"]
 
@@ -234,11 +234,11 @@ def test_failed_trials_are_told_and_the_others_count(
 ) -> None:
     manifest = run(swept, "failures", FAILURES, "--tune.samples", "1").tune()
     status = {
-        (row["values"]["distill.real_batch"], row["values"]["frequencies.lr"]): row["status"]
+        (row["values"]["distill.real_batch"], row["values"]["frequencies.sigma"]): row["status"]
         for row in manifest["trials"]
     }
-    assert status[8, 1e-3] == "finished"
-    assert [status[key] for key in ((8, 1e30), (1000, 1e-3), (1000, 1e30))] == ["failed"] * 3
+    assert status[8, 1.0] == "finished"
+    assert [status[key] for key in ((8, 1e39), (1000, 1.0), (1000, 1e39))] == ["failed"] * 3
     errors = [row["error"] for row in manifest["trials"]]
     assert "not finite" in errors[1]
     assert all("memory_budget_mib" in error and "\n" not in error for error in errors[2:])
