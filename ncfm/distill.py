@@ -40,14 +40,16 @@ Prepare = Callable[[Tensor, Tensor], Tensor]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of some classes is NaN or infinite at a step; the message names both."""
+    """The loss of some classes, or its gradient, is NaN or infinite at a step; the message names
+    both.
+    """
 
     def __init__(self, step: int, classes: list[int]) -> None:
         super().__init__(step, classes)
         self.step, self.classes = step, classes
 
     def __str__(self) -> str:
-        return f"step {self.step}: the loss of class {self.classes} is not finite"
+        return f"step {self.step}: the loss of class {self.classes}, or its gradient, is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +306,8 @@ class Distiller:
 
     def _step_images(self, stored: list[Tensor]) -> None:
         cfg = self.config
+        slopes = [p.grad.sum() for p in stored if p.grad is not None]
+        self._check_finite(torch.stack(slopes), slice(None))
         for parameter, copy in zip(self.images.values(), stored, strict=True):
             parameter.grad = copy.grad
             # Class by class: what a class does must not depend on which others share its worker.

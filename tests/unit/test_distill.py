@@ -291,6 +291,12 @@ class TestKnownFaults:
             distiller.update(broken)
         assert torch.equal(distiller.images[2], initial(2))
 
+    def test_a_non_finite_gradient_of_a_finite_loss_stops_as_early(self) -> None:
+        distiller = make(config=dataclasses.replace(EVERYTHING, loss_weight=1e39))
+        with pytest.raises(NonFiniteLossError, match="its gradient"):
+            run(distiller, 1)
+        assert torch.equal(distiller.images[0], initial(0))
+
 
 class TestPrecision:
     def test_float64_blends_the_extractor_too(self) -> None:
