@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_scaling.py --out runs/bench [--steps 20] [--images_per_s 9000]
 
-Prints JSON: Ray Train around the loop against the same loop in this process; two workers against
-one, a core each, without Ray, whose own processes have no third core here; what one worker loses if
-another, which it does not talk to, runs on the other core; the loop's time in checkpoints; and the
-predicted efficiency at 8, 64 and 512 GPUs for ImageNet-1K at 224 px, IPC 10, on 100 Gb/s Ethernet,
-with the model and all its inputs.
+Prints JSON, and writes it to scaling.json: Ray Train around the loop against the same loop in this
+process; two workers against one, a core each, without Ray, whose own processes have no third core
+here; what one worker loses if another, which it does not talk to, runs on the other core; the
+loop's time in checkpoints; and the predicted efficiency at 8, 64 and 512 GPUs for ImageNet-1K at
+224 px, IPC 10, on 100 Gb/s Ethernet, with the model and all its inputs.
 """
 
 import argparse
@@ -219,6 +219,7 @@ def main() -> None:
             "checkpoints_without_pause_slow_down": saving / alone - 1,
         }
     print(json.dumps(result, indent=1))
+    (folder / "scaling.json").write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

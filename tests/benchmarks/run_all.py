@@ -29,7 +29,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         "evaluate": bench("evaluate", "--out", str(out)),
         "stream": bench("stream", "--out", str(out / "stream.json")),
         "shard": bench("shard", "--out", str(out / "shard.json")),
-        "scaling": bench("scaling", "--out", str(out / "scaling")),  # prints its JSON
+        "scaling": bench("scaling", "--out", str(out / "scaling")),
         "end_to_end": [sys.executable, str(RUN), *end_to_end],
     }
 
