@@ -222,7 +222,6 @@ class Distiller:
             return self.augment.apply(self.spec.normalize(images), draw, group)
 
         batches = own_parts([real[c] for c in classes], self.communicator)
-
         # The features of one real batch serve all inner steps.
         kept = self._real_features(batches, slice(None), prepare) if cfg.inner_steps > 1 else None
 
@@ -256,7 +255,7 @@ class Distiller:
         seen_x: list[Tensor] = []
         seen_y: list[Tensor] = []
         losses, objectives = [], []
-        for part in _slices(counts, BLOCK_CHUNKS * self.chunk_size):
+        for part in _slices(counts, min(BLOCK_CHUNKS * self.chunk_size, self.graph_images)):
             x = features(part)
             keep_graph = sum(counts[part]) <= self.graph_images
             with torch.set_grad_enabled(keep_graph):
@@ -296,10 +295,8 @@ class Distiller:
             self._step_psi(ascent)
         for number in range(1, ascents):
             t = self._frequencies(inner * ascents + number)
-            ascent, match = (
-                _PsiGradient(self.sampler, t, self.num_classes),
-                Match(seen_x, seen_y, t.detach(), self.communicator),
-            )
+            ascent = _PsiGradient(self.sampler, t, self.num_classes)
+            match = Match(seen_x, seen_y, t.detach(), self.communicator)
             self._check_finite(match.objective(self.frequencies, cfg.alpha), slice(None))
             ascent.add(match.frequency_gradients())
             self._step_psi(ascent)
