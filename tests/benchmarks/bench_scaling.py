@@ -1,12 +1,12 @@
 """What distribution costs: ratios inside one run, and a prediction from measured inputs.
 
-    python tests/benchmarks/bench_scaling.py --out runs/bench [--steps 20] [--images_per_s 9000]
+    python tests/benchmarks/bench_scaling.py --out runs/bench [--steps 40] [--images_per_s 9000]
 
 Prints JSON, and writes it to scaling.json: Ray Train around the loop against the same loop in this
-process; two workers against one, a core each, without Ray, whose own processes have no third core
-here; what one worker loses if another, which it does not talk to, runs on the other core; the
-loop's time in checkpoints; and the predicted efficiency at 8, 64 and 512 GPUs for ImageNet-1K at
-224 px, IPC 10, on 100 Gb/s Ethernet, with the model and all its inputs.
+process; two workers against one, a core each, with psi off and on, without Ray, whose own processes
+have no third core here; what one worker loses if another, which it does not talk to, runs on the
+other core; the loop's time in checkpoints; and the predicted efficiency at 8, 64 and 512 GPUs for
+ImageNet-1K at 224 px, IPC 10, on 100 Gb/s Ethernet, with the model and all its inputs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from pipeline.stages import Run
 from pipeline.workers import Workers, connect, current_context, fit
 
 OFTEN, NEVER = 0.0, 1e9
+LOG_EVERY = 4  # steps; in between, psi's gradient alone joins the workers
 
 
 def pinned_loop(arguments: dict[str, Any]) -> None:
@@ -57,6 +58,10 @@ def simulated_node(arguments: dict[str, Any], rank: int, workers: int, meeting: 
     distill_loop(arguments)
 
 
+Sampler = Literal["gaussian", "psi"]
+SAMPLERS: tuple[Sampler, ...] = ("gaussian", "psi")
+
+
 class Bench:
     """One job, run in several ways."""
 
@@ -66,19 +71,25 @@ class Bench:
             "storage_path": folder,
             "distill.real_batch": real_batch,
             "distill.num_steps": steps,
-            "runtime.log_every": 1,
+            "runtime.log_every": LOG_EVERY,
             "runtime.max_failures": 0,
         }
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))
         run.start()
         self.job: DistillJob = run.distill_job()
 
-    def _job(self, name: str, checkpoint_every_s: float = NEVER) -> DistillJob:
+    def _job(
+        self, name: str, checkpoint_every_s: float = NEVER, sampler: Sampler = "gaussian"
+    ) -> DistillJob:
         place = UPath(self.folder / f"{name}-{time.time_ns()}")
         place.mkdir(parents=True)
         runtime = dataclasses.replace(self.job.runtime, checkpoint_every_s=checkpoint_every_s)
         return dataclasses.replace(
-            self.job, checkpoints=place, metrics=place / "metrics.jsonl", runtime=runtime
+            self.job,
+            checkpoints=place,
+            metrics=place / "metrics.jsonl",
+            runtime=runtime,
+            frequencies=dataclasses.replace(self.job.frequencies, sampler=sampler),
         )
 
     def in_this_process(self, name: str, checkpoint_every_s: float = NEVER) -> float:
@@ -94,10 +105,10 @@ class Bench:
         fit(pinned_loop, {"job": job}, group, name=place.name, storage=place, max_failures=0)
         return _median_step(job)
 
-    def on_nodes(self, name: str, *workers: int) -> float:
+    def on_nodes(self, name: str, *workers: int, sampler: Sampler = "gaussian") -> float:
         """As in_this_process, of runs of so many workers each, side by side, a core a worker."""
         context = multiprocessing.get_context("spawn")
-        jobs = [self._job(f"{name}-{run}") for run in range(len(workers))]
+        jobs = [self._job(f"{name}-{run}", sampler=sampler) for run in range(len(workers))]
         processes = [
             context.Process(
                 target=simulated_node,
@@ -113,6 +124,21 @@ class Bench:
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"{name}: a worker ended with {[p.exitcode for p in processes]}")
         return statistics.mean(map(_median_step, jobs))
+
+    def scaling(self, sampler: Sampler, turns: int = 3) -> dict[str, float | list[float]]:
+        """Two workers against one; each in turn."""
+        seconds: dict[str, list[float]] = {"one": [], "two": [], "beside": []}
+        for _ in range(turns):
+            for name, workers in {"one": (1,), "two": (2,), "beside": (1, 1)}.items():
+                seconds[name].append(self.on_nodes(name, *workers, sampler=sampler))
+        one, two, beside = map(statistics.median, seconds.values())
+        return {
+            "step_s_one_worker": seconds["one"],
+            "step_s_two_workers": seconds["two"],
+            "two_workers_speedup": one / two,
+            "step_s_one_worker_beside_another": seconds["beside"],
+            "machine_slows_down": beside / one - 1,
+        }
 
 
 def _median_step(job: DistillJob) -> float:
@@ -185,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--real_batch", type=int, default=200)
     parser.add_argument(
         "--images_per_s", type=float, default=9000.0, help="of one GPU at 224 px: assumed"
@@ -203,19 +229,14 @@ def main() -> None:
         connect()
         torch.set_num_threads(1)
         bench = Bench(folder, args.steps, args.real_batch)
-        one, two = bench.on_nodes("one", 1), bench.on_nodes("two", 2)
-        beside = bench.on_nodes("beside", 1, 1)
+        scaling = {sampler: bench.scaling(sampler) for sampler in SAMPLERS}
         alone, ray = bench.in_this_process("alone"), bench.in_ray("ray")
         saving = bench.in_this_process("saving", OFTEN)
         result["measured"] = {
             "step_s_in_this_process": alone,
             "step_s_in_ray": ray,
             "ray_overhead": ray / alone - 1,
-            "step_s_one_worker": one,
-            "step_s_two_workers": two,
-            "two_workers_speedup": one / two,
-            "step_s_one_worker_beside_another": beside,
-            "machine_slows_down": beside / one - 1,
+            "scaling": scaling,
             "checkpoints_without_pause_slow_down": saving / alone - 1,
         }
     print(json.dumps(result, indent=1))

@@ -102,7 +102,8 @@ def main() -> None:
     made, _ = bench.distil("gaussian", IPC, 0)
     result = {
         f"{objective}, {name}": report(
-            gradients(bench, images, FrequencyConfig(objective=objective)), args.width
+            gradients(bench, images, FrequencyConfig(sampler="psi", objective=objective)),
+            args.width,
         )
         for objective in ("ncfd", "ratio")
         for name, images in (("initial", start.images), (f"step {args.steps}", made.images))

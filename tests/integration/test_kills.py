@@ -39,6 +39,7 @@ real_batch = 8
 lr = 0.02
 calibration = 0.1
 [frequencies]
+sampler = "psi"
 num_freqs = 64
 num_components = 4
 [runtime]

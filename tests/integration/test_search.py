@@ -73,7 +73,8 @@ def command(tmp_path: Path, text: str):
         ),
         (
             '[tune]\nsamples = 1\n[tune.space."frequencies.num_freqs"]\ngrid = [64, 100]\n'
-            '[tune.space."frequencies.num_components"]\ngrid = [64]',
+            '[tune.space."frequencies.num_components"]\ngrid = [64]\n'
+            '[frequencies]\nsampler = "psi"',
             "trial 1 .*multiple of num_components, got 100 and 64",
         ),
     ],
@@ -87,7 +88,7 @@ def test_a_space_that_is_none_is_one_line(tmp_path: Path, text: str, said: str) 
 def test_options_that_must_fit_each_other_are_judged_together(tmp_path: Path) -> None:
     text = (
         '[tune]\nsamples = 2\n[tune.space."frequencies.num_freqs"]\ngrid = [96]\n'
-        '[tune.space."frequencies.num_components"]\ngrid = [6, 12]'
+        '[tune.space."frequencies.num_components"]\ngrid = [6, 12]\n[frequencies]\nsampler = "psi"'
     )
     check_search(command(tmp_path, text))  # 96 alone would not fit the default of 64
 

@@ -23,6 +23,7 @@ num_steps = 6
 real_batch = 8
 lr = 0.02
 [frequencies]
+sampler = "psi"
 num_freqs = 64
 num_components = 4
 [evaluate]

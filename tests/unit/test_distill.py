@@ -26,7 +26,9 @@ SPEC = ImageSpec(
     class_names=("a", "b", "c", "d", "e"),
 )
 EVERYTHING = DistillConfig(num_steps=30, real_batch=12, lr=0.02, calibration=0.1, chunk_size=16)
-FREQUENCIES = FrequencyConfig(num_freqs=64, num_components=4, noise_dim=4, hidden=16, lr=1e-2)
+FREQUENCIES = FrequencyConfig(
+    sampler="psi", num_freqs=64, num_components=4, noise_dim=4, hidden=16, lr=1e-2
+)
 
 
 class TinyNet(nn.Module):

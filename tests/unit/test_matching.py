@@ -39,7 +39,7 @@ def test_the_descent(features: tuple[list[Tensor], list[Tensor], Tensor], alpha:
 @pytest.mark.parametrize("objective", ["ncfd", "excess", "ratio"])
 def test_the_ascent(features: tuple[list[Tensor], list[Tensor], Tensor], objective: Any) -> None:
     x, y, t = features
-    config = FrequencyConfig(objective=objective)
+    config = FrequencyConfig(sampler="psi", objective=objective)
     match = Match(x, y, t, Alone())
     match.descent(0.5)  # leaves nothing behind
     values = match.objective(config, 0.5)
@@ -58,7 +58,7 @@ def test_the_members_of_a_group_count_every_sample_once(
 ) -> None:
     """Shares of psi's gradient add up to the whole one; here the others' sums are known."""
     x, y, t = features
-    config, whole = FrequencyConfig(objective="ratio"), Match(x, y, t, Alone())
+    config, whole = FrequencyConfig(sampler="psi", objective="ratio"), Match(x, y, t, Alone())
     whole.objective(config, 0.5)
     expected = list(whole.frequency_gradients())
 

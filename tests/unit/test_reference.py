@@ -25,7 +25,9 @@ CLASSES, SIZE = 3, 16
 SPEC = ImageSpec(
     channels=3, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=("a", "b", "c")
 )
-FREQUENCIES = FrequencyConfig(num_freqs=64, num_components=4, noise_dim=4, hidden=16, lr=1e-3)
+FREQUENCIES = FrequencyConfig(
+    sampler="psi", num_freqs=64, num_components=4, noise_dim=4, hidden=16, lr=1e-3
+)
 CONFIG = DistillConfig(
     lr=0.01, loss_weight=30.0, calibration=0.5, precision="float64", compile=False
 )
