@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 import torch
 import torch.distributed as dist
 from upath import UPath
@@ -77,6 +78,7 @@ class Bench:
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))
         run.start()
         self.job: DistillJob = run.distill_job()
+        ray.shutdown()  # its processes have no core of their own here
 
     def _job(
         self, name: str, checkpoint_every_s: float = NEVER, sampler: Sampler = "gaussian"
@@ -226,16 +228,17 @@ def main() -> None:
         "checkpoint": [checkpoint_stall(folder, mib) for mib in (16, 128)],
     }
     if not args.predict_only:
-        connect()
         torch.set_num_threads(1)
         bench = Bench(folder, args.steps, args.real_batch)
         scaling = {sampler: bench.scaling(sampler) for sampler in SAMPLERS}
-        alone, ray = bench.in_this_process("alone"), bench.in_ray("ray")
+        alone = bench.in_this_process("alone")
+        connect()
+        in_ray = bench.in_ray("ray")
         saving = bench.in_this_process("saving", OFTEN)
         result["measured"] = {
             "step_s_in_this_process": alone,
-            "step_s_in_ray": ray,
-            "ray_overhead": ray / alone - 1,
+            "step_s_in_ray": in_ray,
+            "ray_overhead": in_ray / alone - 1,
             "scaling": scaling,
             "checkpoints_without_pause_slow_down": saving / alone - 1,
         }
