@@ -27,7 +27,6 @@ from ncfm.memory import keep_freed_memory
 from ncfm.seeding import keyed_generator
 
 BLOCK_CHUNKS = 4  # chunks of synthetic images whose graph is kept at a time, but a whole class
-REAL_CHUNKS = 2  # chunks of real images, of which no graph is kept, in one pass
 PREPARED_CHUNKS = 8  # chunks of images that are decoded and augmented together
 CHUNK_PIXELS = {"cpu": 2**13, "cuda": 2**19}  # an extractor's activations: about 0.5 KiB each
 GRAPH_PIXELS = 2**19
@@ -276,7 +275,7 @@ class Distiller:
                 torch.autograd.backward(chunks, list(grads))
             else:
                 for inputs in self._synthetic_inputs(stored, part, prepare):
-                    again = [self._extract(images, self.chunk_size) for images in inputs]
+                    again = [self._extract(images) for images in inputs]
                     torch.autograd.backward(again, [next(grads) for _ in again])
             del chunks, gradients, grads  # the graph, before psi's gradient needs memory
             # (2) max: psi's gradient on the same features
@@ -358,7 +357,7 @@ class Distiller:
         total, start = torch.zeros((), device=self.device, dtype=self.dtype), 0
         for inputs in self._synthetic_inputs(stored, slice(None), prepare):
             end = start + sum(map(len, inputs))
-            features = torch.cat([self._raw_features(images, self.chunk_size) for images in inputs])
+            features = torch.cat([self._raw_features(images) for images in inputs])
             logits = model.classifier(features.to(model.classifier.weight.dtype)).to(self.dtype)
             entropy = F.cross_entropy(logits, labels[start:end], reduction="none")
             loss = (entropy * weights[start:end]).sum()
@@ -371,12 +370,11 @@ class Distiller:
     @torch.no_grad()
     def _real_features(self, batches: list[Tensor], part: slice, prepare: Prepare) -> list[Tensor]:
         """Features (N_c, D) of the real images of some classes."""
-        size = REAL_CHUNKS * self.chunk_size
         none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype, device=self.device)
         features = [none]
         for images, group in _chunks(batches, part, PREPARED_CHUNKS * self.chunk_size):
             inputs = prepare(to_unit(images.to(self.device)).to(self.dtype), group)
-            features += [self._extract(chunk, size) for chunk in inputs.split(size)]
+            features += [self._extract(chunk) for chunk in inputs.split(self.chunk_size)]
         counts = [len(batch) for batch in batches[part]]
         return list(torch.cat(features).split(counts))
 
@@ -396,18 +394,18 @@ class Distiller:
         self, stored: list[Tensor], part: slice, prepare: Prepare
     ) -> Iterator[Tensor]:
         for inputs in self._synthetic_inputs(stored, part, prepare):
-            yield from (self._extract(images, self.chunk_size) for images in inputs)
+            yield from (self._extract(images) for images in inputs)
 
-    def _extract(self, images: Tensor, size: int) -> Tensor:
+    def _extract(self, images: Tensor) -> Tensor:
         """What is compared: features (N, D)."""
-        features = self._raw_features(images, size)
+        features = self._raw_features(images)
         return F.normalize(features, dim=-1) if self.config.normalize_features else features
 
-    def _raw_features(self, images: Tensor, size: int) -> Tensor:
-        """Features (N, D) of at most `size` images. Compiled code sees no other number of them:
-        fewer are padded, then cut.
+    def _raw_features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of a chunk; compiled code sees whole ones only: fewer images are padded,
+        then cut.
         """
-        missing = size - len(images)
+        missing = self.chunk_size - len(images)
         if not self.compiled or not missing:
             return self._body(images)
         return self._body(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(images)]

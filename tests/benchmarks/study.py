@@ -55,7 +55,7 @@ class Weighted(Distiller):
             [
                 torch.cat(
                     [
-                        self._extract(self.spec.normalize(chunk.float() / 255), self.chunk_size)
+                        self._extract(self.spec.normalize(chunk.float() / 255))
                         for chunk in images.split(self.chunk_size)
                     ]
                 )
