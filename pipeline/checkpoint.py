@@ -173,8 +173,6 @@ def _step_of(path: UPath) -> int:
 
 def _steps(directory: UPath) -> list[UPath]:
     """The checkpoint directories, newest first."""
-    if isinstance(directory, UPath) and hasattr(directory, "fs"):
-        directory.fs.invalidate_cache()  # an object store's listing may be an old one
     if not directory.exists():
         return []
     return sorted(directory.glob("step-*"), key=lambda path: path.name, reverse=True)

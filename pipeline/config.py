@@ -189,12 +189,20 @@ class RunConfig:
             raise ValueError(
                 f"name must be a plain directory name other than 'cache', got {self.name!r}"
             )
+        try:
+            UPath(self.storage_path)
+        except ValueError as error:
+            raise ValueError(f"storage_path {self.storage_path}: {error}") from error
 
     @property
     def storage(self) -> UPath:
-        """storage_path, absolute if it is local."""
+        """storage_path, absolute if it is local. An object store is asked anew what it holds
+        whenever that matters, for many processes write there.
+        """
         path = UPath(self.storage_path)
-        return path.absolute() if isinstance(path, Path) else path
+        if isinstance(path, Path):
+            return path.absolute()
+        return UPath(path, use_listings_cache=False)
 
     @property
     def run_directory(self) -> UPath:
@@ -294,7 +302,9 @@ def check_types(toml: str, values: Mapping[str, object]) -> Namespace:
 
 
 def _parser(defaults: list[Path]) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True
+    )
     parser = _Parser(
         prog="pipeline/run.py",
         usage="python pipeline/run.py [STAGE] [--config PRESET.toml] [--key.sub VALUE ...]",
@@ -346,7 +356,12 @@ def _preset_of(argv: Sequence[str]) -> str | None:
     if first > 0:
         raise UsageError(f"--config must come before the options that change it: {argv[0]} ...")
     preset = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
-    if not Path(preset).is_file():
+    try:
+        found = UPath(preset).is_file()
+    except Exception as error:  # of whatever kind the library of an object store has for it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"cannot read --config {preset}: {reason}") from error
+    if not found:
         known = ", ".join(sorted(path.name for path in PRESETS.glob("*.toml")))
         raise UsageError(f"--config needs a preset file, got {preset!r}; in {PRESETS} are {known}")
     return preset

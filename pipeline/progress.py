@@ -5,6 +5,7 @@ lines.
 import json
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from upath import UPath
@@ -57,9 +58,11 @@ def append_rows(path: UPath, rows: Iterable[Mapping[str, Any]], *, fresh: bool =
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if fresh or not path.exists():
         write_atomic(path, text)
-    else:
+    elif isinstance(path, Path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
+    else:  # an object is written whole
+        write_atomic(path, path.read_text(encoding="utf-8") + text)
 
 
 def read_rows(path: UPath) -> list[dict[str, Any]]:

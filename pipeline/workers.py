@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +130,20 @@ def size_workers(num_workers: int | None, use_gpu: bool | None, num_items: int) 
     return Workers(max(1, min(num_workers or (gpus if with_gpu else cpus), num_items)), with_gpu)
 
 
+def ray_storage(storage: UPath) -> dict[str, Any]:
+    """Where Ray Train and Ray Tune keep their own files, as options of their RunConfig.
+
+    They reach an object store as everything here does: Ray's own way to it would look for other
+    packages and credentials.
+    """
+    if isinstance(storage, Path):
+        return {"storage_path": str(storage)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem = PyFileSystem(FSSpecHandler(storage.fs))
+    return {"storage_path": storage.path, "storage_filesystem": filesystem}
+
+
 def fit(
     loop: Callable[[dict[str, Any]], None],
     arguments: Mapping[str, Any],
@@ -169,7 +184,7 @@ def fit(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(storage),
+            **ray_storage(storage),
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -32,6 +32,7 @@ from pipeline.tuning.halving import Verdict, verdicts
 from pipeline.tuning.search import Outcome, Sampler, told
 from pipeline.tuning.search_space import TuneConfig, Values
 from pipeline.tuning.trial import Result, SweepJob, TrialJob, run_trial
+from pipeline.workers import ray_storage
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +309,7 @@ def _run(board: Board, waiting: list[int], resources: TrialResources, *, storage
         ),
         run_config=ray.tune.RunConfig(
             name=f"tune-{board.sweep.name}",
-            storage_path=str(storage),
+            **ray_storage(storage),
             failure_config=ray.tune.FailureConfig(max_failures=config.retries),
             verbose=0,
         ),

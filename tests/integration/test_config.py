@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from pipeline.config import PRESETS, STAGES, UsageError, parse_command
 
@@ -33,6 +34,13 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
     assert parse_command(["--config", str(tmp_path / "config.toml")]).config == command.config
 
 
+def test_a_preset_in_an_object_store() -> None:
+    preset = UPath("memory://test-config/tune/best.toml")
+    preset.write_text("ipc = 7\n")
+    config = parse_command(["--config", str(preset), "--storage_path", "memory://runs"]).config
+    assert (config.ipc, str(config.run_directory)) == (7, "memory://runs/best")
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_preset_loads(preset: Path) -> None:
     arguments = ["--config", str(preset)]
@@ -52,6 +60,9 @@ def test_every_preset_loads(preset: Path) -> None:
         (["--source.kind", "cloud"], "builtin.*folder.*cloud"),
         (["--source.name", "cifar"], "Expected one of 'CIFAR10', .*'SVHN' or nothing. Got .*cifar"),
         (["--config", "nowhere.toml"], "nowhere.toml.*builtin.toml"),
+        (["--config", "memory://nowhere.toml"], "nowhere.toml.*builtin.toml"),
+        (["--config", "s5://bucket/x.toml"], "cannot read --config s5://bucket/x.toml: .*'s5'"),
+        (["--storage_path", "s5://bucket"], "storage_path s5://bucket: Unsupported .*'s5'"),
         (["--seed", "1", "--config", "x.toml"], "--config must come before"),
         (["sharrd"], "no stage 'sharrd'.*shard, pretrain"),
         (["--num_workers", "0"], "num_workers must be at least 1"),

@@ -26,8 +26,10 @@ from raylets import (
     wait_for_text,
     wait_until_gone,
 )
+from upath import UPath
 
 import ncfm
+from pipeline.checkpoint import newest_step
 from pipeline.progress import read_rows
 
 __all__ = ["scratch"]  # a fixture
@@ -47,7 +49,7 @@ TINY = {
 }
 
 
-def options(storage: Path, **changes: str) -> list[str]:
+def options(storage: Path | UPath, **changes: str) -> list[str]:
     settings = TINY | changes | {"storage_path": str(storage)}
     return [word for key, value in settings.items() for word in (f"--{key}", value)]
 
@@ -82,11 +84,11 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """cluster/local.sh 2."""
+def client(s3: dict[str, str]) -> Iterator[Client]:
+    """cluster/local.sh 2, its nodes with the credentials of an object store in the environment."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
         scratch = Path(folder)
-        environment = ray_environment(scratch) | {"CPUS_PER_RAYLET": "1"}
+        environment = ray_environment(scratch) | s3 | {"CPUS_PER_RAYLET": "1"}
         dashboard = int(environment["RAY_PORT"]) + 5
         log = scratch / "log"
         script = ["bash", str(ROOT / "cluster" / "local.sh"), "2"]
@@ -154,26 +156,26 @@ def test_a_search_as_a_job(client: Client, tmp_path: Path) -> None:
     assert {row["status"] for row in found["trials"]} <= {"finished", "stopped"}
 
 
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_a_stopped_job_ends_cleanly_and_goes_on_later(client: Client, tmp_path: Path) -> None:
-    slow = {"distill.num_steps": "1500", "runtime.checkpoint_every_s": "1", "num_workers": "2"}
-    arguments = options(tmp_path / "runs", **slow)
-    begun = client.submit(*arguments, options=["--no-wait", "--submission-id", "stopped"])
-    assert begun.returncode == 0, begun.stderr
-    metrics = tmp_path / "runs" / "builtin" / "metrics.jsonl"
+SLOW = {"distill.num_steps": "1000", "runtime.checkpoint_every_s": "1", "num_workers": "2"}
 
-    def steps() -> list[int]:
-        return [row["step"] for row in read_rows(metrics) if row["stage"] == "distill"]
+
+def submit_and_stop(client: Client, runs: UPath, name: str) -> int:
+    """A slow run, stopped while it distils; the step of its newest checkpoint."""
+    begun = client.submit(*options(runs, **SLOW), options=["--no-wait", "--submission-id", name])
+    assert begun.returncode == 0, begun.stderr
+
+    def newest() -> int:
+        places = (runs / "builtin" / "checkpoints").glob("*")
+        return max((found[0] for place in places if (found := newest_step(place))), default=0)
 
     deadline = time.monotonic() + 200
-    while max(steps(), default=0) < 100:
-        assert time.monotonic() < deadline, client.ray("job", "logs", "stopped").stdout
+    while newest() < 100:
+        assert time.monotonic() < deadline, client.ray("job", "logs", name).stdout
         time.sleep(0.5)
-    stopped = client.ray("job", "stop", "stopped")
+    stopped = client.ray("job", "stop", name)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert "'stopped' was stopped" in client.ray("job", "status", "stopped").stdout
-    log = client.ray("job", "logs", "stopped").stdout
+    assert f"'{name}' was stopped" in client.ray("job", "status", name).stdout
+    log = client.ray("job", "logs", name).stdout
     assert "interrupted; the same command goes on" in log
     assert "Traceback" not in log, log
     assert "SIGTERM" not in log, log
@@ -182,13 +184,74 @@ def test_a_stopped_job_ends_cleanly_and_goes_on_later(client: Client, tmp_path: 
     while client.listed("actors", class_name="RayTrainWorker", state="ALIVE"):
         assert time.monotonic() < deadline, "a worker outlives its job"
         time.sleep(1)
-    assert not (tmp_path / "runs" / "builtin" / "distilled").exists()
-    left = max(steps())
-    done = client.submit(*arguments)
+    assert not (runs / "builtin" / "distilled").exists()
+    return newest()
+
+
+def first_step(log: str) -> int:
+    """The first that a run tells of."""
+    line = next(line for line in log.splitlines() if "ncfd" in line)
+    return int(line.split("[distill] ")[1].split("/")[0])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_stopped_job_ends_cleanly_and_goes_on_later(client: Client, tmp_path: Path) -> None:
+    runs = UPath(tmp_path / "runs")
+    left = submit_and_stop(client, runs, "stopped")
+    done = client.submit(*options(runs, **SLOW))
     assert done.returncode == 0, done.stdout + done.stderr
-    first = next(line for line in done.stdout.splitlines() if "ncfd" in line)
-    assert int(first.split("[distill] ")[1].split("/")[0]) > left // 2, "it began again"
-    assert steps() == sorted(set(steps())), "no row twice"
+    assert first_step(done.stdout) > left, "it began again"
+    rows = read_rows(runs / "builtin" / "metrics.jsonl")
+    steps = [row["step"] for row in rows if row["stage"] == "distill"]
+    assert steps == sorted(set(steps)), "no row twice"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_job_whose_storage_is_an_object_store(client: Client, bucket: UPath) -> None:
+    runs = bucket / "run"
+    left = submit_and_stop(client, runs, "stopped-s3")
+
+    done = client.submit(*options(runs, **SLOW))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("reusing") == 2, "shards and pool"
+    assert first_step(done.stdout) > left, "it began again"
+    written = contents(runs)
+    for pattern in (
+        r"cache/shard-\w+/train/0009-00000\.tar",
+        r"cache/pretrain-\w+/network-001\.safetensors",
+        r"cache/evaluate/\w+\.json",
+        r"builtin/checkpoints/\w+/step-00001000/checkpoint\.json",
+        r"builtin/distilled/images/.+/0\.png",
+        r"builtin/evaluation\.json",
+        r"builtin/report\.html",
+    ):
+        assert any(re.fullmatch(pattern, name) for name in written), pattern
+    assert len(ncfm.load(runs / "builtin" / "distilled").images) == 10
+    rows = read_rows(runs / "builtin" / "metrics.jsonl")
+    steps = [row["step"] for row in rows if row["stage"] == "distill"]
+    assert steps == sorted(set(steps)), "no row twice"
+
+    again = client.submit(*options(runs, **SLOW))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "done in" not in pipelines_part(again.stdout)
+    summaries = {"config.toml", "stages.json", "evaluation.json", "report.html"}
+    anew = dict(contents(runs).items() - written.items())
+    assert anew.keys() <= {f"builtin/{name}" for name in summaries}
+
+    here = {path.name for path in Path(client.environment["HOME"]).rglob("*")}
+    assert "run.py" in here, "the directory that the jobs ran in"
+    assert not {name for name in here if name in summaries or name.endswith((".tar", "tensors"))}
+
+
+def contents(root: UPath) -> dict[str, str]:
+    """What lies in an object store: (name below the root -> when it was written)."""
+    found = root.fs.find(root.path, detail=True)
+    return {
+        name.removeprefix(f"{root.path}/"): str(entry["LastModified"])
+        for name, entry in found.items()
+    }
 
 
 @pytest.mark.long
