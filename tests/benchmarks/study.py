@@ -32,8 +32,8 @@ from ncfm.seeding import keyed_generator, keyed_seed
 from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
 from ncfm.train import TrainConfig, accuracy, train
 
-GAUSSIAN = FrequencyConfig(sampler="gaussian")
-PSI = FrequencyConfig(sampler="psi")
+GAUSSIAN = FrequencyConfig(sampler="gaussian", sigma=1.0)
+PSI = FrequencyConfig(sampler="psi", sigma=1.0)
 
 PROBE = 16  # real images of a class that Weighted looks at
 

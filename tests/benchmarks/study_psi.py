@@ -102,7 +102,9 @@ def main() -> None:
     made, _ = bench.distil("gaussian", IPC, 0)
     result = {
         f"{objective}, {name}": report(
-            gradients(bench, images, FrequencyConfig(sampler="psi", objective=objective)),
+            gradients(
+                bench, images, FrequencyConfig(sampler="psi", sigma=1.0, objective=objective)
+            ),
             args.width,
         )
         for objective in ("ncfd", "ratio")
