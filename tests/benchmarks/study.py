@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from torch import Tensor
 
 from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding_set, random_set
+from ncfm.curation import CurateConfig, soft_labels
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.evaluate import judge
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig, ScaleMixture
 from ncfm.images import ImageSpec, InMemoryImages
-from ncfm.models import ModelConfig, build_model
+from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.seeding import keyed_generator, keyed_seed
 from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
 from ncfm.train import TrainConfig, accuracy, train
@@ -110,6 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "calibration-0.1": {"distill": {"calibration": 0.1}},
     "init-random-weights": {"pool": "initial"},
     "trained-weights": {"pool": "trained"},
+    "soft-labels": {"soft_labels": True},
 }
 
 
@@ -317,7 +320,16 @@ class Bench:
         labels = torch.arange(self.spec.num_classes).repeat_interleave(ipc)
         return SyntheticSet(images, labels, factor, self.spec)
 
-    def judge(self, made: SyntheticSet, seed: int) -> list[float]:
+    def _soft_labels(self, made: SyntheticSet) -> Tensor:
+        def teachers() -> Iterator[Classifier]:
+            for _, trained in self.pool:
+                network = self.network(0)
+                network.load_state_dict(trained)
+                yield network
+
+        return soft_labels(made, teachers(), CurateConfig(), device=self.device)
+
+    def judge(self, made: SyntheticSet, seed: int, *, soft: bool = False) -> list[float]:
         """Accuracies of fresh networks on the complete test set, after the last epoch."""
         args = self.args
         training = TrainConfig(
@@ -325,7 +337,8 @@ class Bench:
             milestones=(0.2, 0.4, 0.6, 0.8), gamma=0.5,
             augment=AugmentConfig(),
         )  # fmt: skip
-        source = InMemoryImages(*made.decode())
+        images, labels = made.decode()
+        source = InMemoryImages(images, self._soft_labels(made) if soft else labels)
         return [
             judge(
                 source, self.sets["val"], self.spec, model=self.model, training=training,
@@ -384,7 +397,7 @@ def main() -> None:
                 if (name, ipc, seed) in done:
                     continue
                 made, seen = bench.distil(name, ipc, seed)
-                values = bench.judge(made, seed)
+                values = bench.judge(made, seed, soft=VARIANTS[name].get("soft_labels", False))
                 row = {
                     "variant": name,
                     "ipc": ipc,
