@@ -32,8 +32,8 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
         return 100 * statistics.mean(row["accuracy"])
 
     lines = [
-        f"| variant | accuracy | seeds | minus {against}, paired | s |",
-        "|---|---|---|---|---|",
+        f"| variant | accuracy | seeds | minus {against}, paired |",
+        "|---|---|---|---|",
     ]
     base = found.get(against, {})
     means = {name: statistics.mean(map(points, seeds.values())) for name, seeds in found.items()}
@@ -46,11 +46,7 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
             if both and name != against
             else ""
         )
-        seconds = statistics.mean(row.get("seconds", 0) for row in seeds.values())
-        lines.append(
-            f"| {name} | {means[name]:.2f} ± {error:.2f} | {len(seeds)} | {difference} "
-            f"| {seconds:.0f} |"
-        )
+        lines.append(f"| {name} | {means[name]:.2f} ± {error:.2f} | {len(seeds)} | {difference} |")
     return "\n".join(lines).replace(" ± nan", "")
 
 
