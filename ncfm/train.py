@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
-from ncfm.compilation import can_compile
 from ncfm.images import ImageSource, ImageSpec, to_unit
 from ncfm.memory import keep_freed_memory
 from ncfm.seeding import keyed_generator
 
 PART_PIXELS = 3 * 2**14  # 48 images at 32 px; at width 128 no activation exceeds 25 MiB
-COMPILE_FROM = 2000  # passes through the network, on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +80,7 @@ def train(
         raise ValueError("there is no image to train on")
     keep_freed_memory()
     model.to(device).train()
-    part_size = _part_size(model, spec, min(config.batch_size, len(data)), device)
-    passes = config.epochs * math.ceil(len(data) / (part_size or config.batch_size))
-    compiled = part_size is not None and passes >= COMPILE_FROM and can_compile("cpu")
-    network = torch.compile(model, dynamic=False) if compiled else model
+    part_size = _part_size(model, spec, device)
     optimizer, augment = _optimizer(model, config), Augment(config.augment)
     for epoch in range(config.epochs):
         lr = config.lr * config.gamma ** sum(epoch >= m * config.epochs for m in config.milestones)
@@ -104,10 +99,9 @@ def train(
             if config.cutmix_prob and float(torch.rand((), generator=draws)) < config.cutmix_prob:
                 x, targets = cutmix(x, targets, draws)
             optimizer.zero_grad()
-            size = part_size or len(x)
-            for part, target in zip(x.split(size), targets.split(size), strict=True):
-                missing = size - len(part) if compiled else 0  # compiled code knows one size
-                logits = network(F.pad(part, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(part)]
+            parts = math.ceil(len(x) / (part_size or len(x)))
+            for part, target in zip(x.chunk(parts), targets.chunk(parts), strict=True):
+                logits = model(part)
                 loss = F.cross_entropy(logits, target, reduction="sum")
                 (loss / len(x)).backward()
                 loss_sum += loss.detach()
@@ -141,9 +135,7 @@ def accuracy(
     return int(correct) / len(data)
 
 
-def _part_size(
-    model: nn.Module, spec: ImageSpec, batch: int, device: torch.device | str
-) -> int | None:
+def _part_size(model: nn.Module, spec: ImageSpec, device: torch.device | str) -> int | None:
     """Images of a batch that go through the network at a time; None: all.
 
     On a CPU activations of many MiB cost more than their arithmetic. The gradients of the parts add
@@ -153,8 +145,7 @@ def _part_size(
         return None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return None
-    parts = math.ceil(batch * spec.image_size**2 / PART_PIXELS)
-    return math.ceil(batch / parts)
+    return max(1, PART_PIXELS // spec.image_size**2)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
