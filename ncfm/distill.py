@@ -247,10 +247,8 @@ class Distiller:
         stored = [p.detach().requires_grad_() for p in self.images.values()]
         counts = [self.factor**2 * len(p) for p in stored]
         ascents = self.frequencies.ascents if self.psi_optimizer is not None else 0
-        t = self._frequencies(inner * max(1, ascents))
-        ascent = (
-            None if self.psi_optimizer is None else _PsiGradient(self.sampler, t, self.num_classes)
-        )
+        t, log_scales = self._frequencies(inner * max(1, ascents))
+        ascent = None if not ascents else _PsiGradient(log_scales, self.num_classes)
         seen_x: list[Tensor] = []
         seen_y: list[Tensor] = []
         losses, objectives = [], []
@@ -263,7 +261,7 @@ class Distiller:
             if cfg.objective == "mmd":
                 values, gradients = match_means(x, y, self.communicator)
             else:
-                match = Match(x, y, t.detach(), self.communicator)
+                match = Match(x, y, t, self.communicator)
                 values, gradients = match.descent(cfg.alpha)
             self._check_finite(values, part)
             losses.append(values)
@@ -282,7 +280,7 @@ class Distiller:
             if ascent is not None:
                 objectives.append(match.objective(self.frequencies, cfg.alpha))
                 self._check_finite(objectives[-1], part)
-                ascent.add(match.frequency_gradients())
+                ascent.add(match.scale_gradients(self.frequencies.num_components))
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y
         metrics = {"ncfd": torch.cat(losses).sum() / members}
@@ -293,11 +291,11 @@ class Distiller:
             metrics["psi_objective"] = torch.cat(objectives).sum() / members
             self._step_psi(ascent)
         for number in range(1, ascents):
-            t = self._frequencies(inner * ascents + number)
-            ascent = _PsiGradient(self.sampler, t, self.num_classes)
-            match = Match(seen_x, seen_y, t.detach(), self.communicator)
+            t, log_scales = self._frequencies(inner * ascents + number)
+            ascent = _PsiGradient(log_scales, self.num_classes)
+            match = Match(seen_x, seen_y, t, self.communicator)
             self._check_finite(match.objective(self.frequencies, cfg.alpha), slice(None))
-            ascent.add(match.frequency_gradients())
+            ascent.add(match.scale_gradients(self.frequencies.num_components))
             self._step_psi(ascent)
         return metrics
 
@@ -328,13 +326,15 @@ class Distiller:
     def _generator(self, purpose: str, *keys: int) -> torch.Generator:
         return keyed_generator(self.seed, purpose, self.step, *keys)
 
-    def _frequencies(self, number: int) -> Tensor:
-        """Frequencies (K, D), one set for all classes; every ascent of a step has its own draw, and
-        the descent that of the first.
+    def _frequencies(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Frequencies (K, D), one set for all classes, and psi's log-scales (M, D), with its graph.
+
+        Every ascent of a step has its own draw, and the descent that of the first.
         """
         generator = keyed_generator(self.seed, "frequencies", self.step, number, device=self.device)
-        frequencies: Tensor = self.sampler(generator)
-        return frequencies.to(self.dtype)
+        if isinstance(self.sampler, ScaleMixture):
+            return self.sampler.draw(generator)
+        return self.sampler(generator).to(self.dtype), None
 
     def _check_finite(self, values: Tensor, part: slice) -> None:
         finite = torch.isfinite(values.detach())
@@ -461,28 +461,24 @@ class Distiller:
 class _PsiGradient:
     """psi's gradient, added up over classes and workers: the same number in whatever order.
 
-    Each class's part is rounded to GRADIENT_GRID and summed in float64, which is exact.
+    What is added up is the gradient with respect to psi's log-scales: each class's part is rounded
+    to GRADIENT_GRID and summed in float64, which is exact. From there it goes through psi once.
     """
 
-    def __init__(self, sampler: nn.Module, t: Tensor, num_classes: int) -> None:
-        self.parameters, self.t, self.num_classes = list(sampler.parameters()), t, num_classes
-        self.total = torch.zeros(
-            sum(p.numel() for p in self.parameters), dtype=torch.float64, device=t.device
-        )
+    def __init__(self, log_scales: Tensor | None, num_classes: int) -> None:
+        assert log_scales is not None  # a fixed sampler does not ascend
+        self.log_scales, self.num_classes = log_scales, num_classes
+        self.total = torch.zeros_like(log_scales, dtype=torch.float64, requires_grad=False)
 
     def add(self, slopes: Iterable[Tensor]) -> None:
-        """The gradients of some classes' objectives with respect to t, (K, D) each."""
+        """The gradients of some classes' objectives with respect to the log-scales, (M, D) each."""
         for slope in slopes:
-            grads = torch.autograd.grad(self.t, self.parameters, slope, retain_graph=True)
-            flat = torch.cat([grad.flatten() for grad in grads]).double()
-            self.total += flat.div_(GRADIENT_GRID * self.num_classes).round_()
+            self.total += slope.double().div_(GRADIENT_GRID * self.num_classes).round_()
 
     def set(self, communicator: Communicator) -> None:
-        """Put the mean over all classes on all workers where an optimiser finds it."""
+        """Put that of the mean over all classes on all workers where an optimiser finds it."""
         mean = communicator.sum_all(self.total) * GRADIENT_GRID
-        parts = mean.split([p.numel() for p in self.parameters])
-        for parameter, grad in zip(self.parameters, parts, strict=True):
-            parameter.grad = grad.view_as(parameter).to(parameter.dtype)
+        self.log_scales.backward(mean.to(self.log_scales.dtype))
 
 
 def _slices(counts: list[int], limit: int) -> list[slice]:

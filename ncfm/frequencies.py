@@ -7,7 +7,7 @@ every feature dimension, and each of its draws is t = sigma_m * z with z ~ N(0, 
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class GaussianFrequencies(nn.Module):
         z = torch.randn(
             self.config.num_freqs, self.dim, generator=generator, device=generator.device
         )
-        return self.config.sigma * z
+        return z.mul_(self.config.sigma)
 
 
 class ScaleMixture(nn.Module):
@@ -106,33 +106,24 @@ class ScaleMixture(nn.Module):
         return self.log_scales(noise).exp()
 
     def forward(self, generator: torch.Generator) -> Tensor:
-        """Frequencies of shape (K, D): K / M draws from each of M components."""
+        """Frequencies of shape (K, D), K / M draws from each of M components, with psi's graph."""
+        log_scales, z = self._draw(generator)
+        return (log_scales.exp()[:, None] * z).flatten(0, 1)
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The same frequencies t without a graph, and log sigma (M, D) with psi's: dt / dlog sigma
+        = t, so that a gradient needs nothing of shape (K, D) beside t (`Match.scale_gradients`).
+        """
+        log_scales, z = self._draw(generator)
+        return z.mul_(log_scales.detach().exp()[:, None]).flatten(0, 1), log_scales
+
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """log sigma (M, D), and z (M, K / M, D)."""
         m, device = self.config.num_components, generator.device
         noise = torch.randn(m, self.config.noise_dim, generator=generator, device=device)
         z = torch.randn(m, self.config.num_freqs // m, self.dim, generator=generator, device=device)
         dtype = self.out.weight.dtype
-        t: Tensor = _Scaled.apply(self.log_scales(noise.to(dtype)), z.to(dtype))
-        return t.flatten(0, 1)
-
-
-class _Scaled(torch.autograd.Function):
-    """t = sigma z of shape (M, K / M, D), from log sigma (M, D) and z, whose memory becomes that of
-    t: since dt / dlog sigma = t, nothing else is needed for the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_scales: Tensor, z: Tensor) -> Tensor:
-        t = z.mul_(log_scales.exp()[:, None])
-        ctx.save_for_backward(t)
-        return t
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (t,) = ctx.saved_tensors
-        total = torch.zeros_like(t[:, 0])
-        for k in range(t.shape[1]):  # one draw at a time: what is added up stays in the cache
-            total.addcmul_(gradients[0][:, k], t[:, k])
-        return total, None
+        return self.log_scales(noise.to(dtype)), z.to(dtype)
 
 
 def build_sampler(

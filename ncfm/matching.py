@@ -18,6 +18,8 @@ from ncfm.frequencies import FrequencyConfig, psi_objective
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
+BLOCK_FREQS = 128  # frequencies whose gradient is there at a time
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of matrices. In float32 on a CPU by oneDNN, as convolutions are: on AMD's processors
@@ -86,21 +88,34 @@ class Match:
         return values.detach(), gradients
 
     def objective(self, config: FrequencyConfig, alpha: float) -> Tensor:
-        """What psi ascends, for each class (C,); its slopes are kept for `frequency_gradients`."""
+        """What psi ascends, for each class (C,); its slopes are kept for `scale_gradients`."""
         sums_x, sums_y = self.sums_x.requires_grad_(), self.sums_y.requires_grad_()
         size_x, size_y = sums_x[:, -1:].detach(), sums_y[:, -1:].detach()
         values = psi_objective(self._cf(sums_x), self._cf(sums_y), size_x, size_y, config, alpha)
         self._slopes = torch.autograd.grad(values.sum(), (sums_x, sums_y))
         return values.detach()
 
-    def frequency_gradients(self) -> Iterator[Tensor]:
-        """This member's share of the gradient of each class's objective w.r.t. t, (K, D) each."""
+    def scale_gradients(self, components: int) -> Iterator[Tensor]:
+        """This member's share of the gradient of each class's objective w.r.t. the log-scales of
+        the components (M, D), of K / M neighbouring frequencies each: since t = sigma z, the sum of
+        t times the gradient w.r.t. t. Some components at a time: what is added up stays in the
+        cache, and nothing of shape (K, D) is made.
+        """
         # All members have all of y: each counts its part alone, as it has its part of x.
         mine = [Waves(*own_parts(w, self.communicator)) for w in self.waves_y]
         own_y = own_parts(self.y, self.communicator)
+        draws = len(self.t) // components
+        rows = max(1, BLOCK_FREQS // draws) * draws
         for c, (slope_x, slope_y) in enumerate(zip(*self._slopes, strict=True)):
-            angles = [self.waves_x[c].angle_gradient(slope_x), mine[c].angle_gradient(slope_y)]
-            yield product(torch.cat(angles).mT, torch.cat([self.x[c], own_y[c]]))
+            angles = torch.cat(
+                [self.waves_x[c].angle_gradient(slope_x), mine[c].angle_gradient(slope_y)]
+            )
+            features = torch.cat([self.x[c], own_y[c]])
+            parts = [
+                product(angle.mT, features).mul_(t).unflatten(0, (-1, draws)).sum(1)
+                for angle, t in zip(angles.split(rows, 1), self.t.split(rows), strict=True)
+            ]
+            yield torch.cat(parts)
 
 
 def match_means(

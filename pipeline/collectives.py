@@ -1,12 +1,12 @@
 """All that crosses the network while workers distil: sums over the workers, and how much they are.
 
-In a step with psi on, every ascent sums psi's gradient over all W workers; a group of m > 1 workers
-that share C_g classes sums its CF sums, (2 K + 1) numbers a class, of the real features for every
-ascent; the descent has those of the first. A ring all-reduce of B bytes over n workers sends
-2 (n - 1) B bytes in total. With P parameters of psi (whose sums have 8 bytes a number, the others
-F)
+In a step with psi on, every ascent sums psi's gradient over all W workers, at the log-scales of its
+M components in D feature dimensions; a group of m > 1 workers that share C_g classes sums its CF
+sums, (2 K + 1) numbers a class, of the real features for every ascent; the descent has those of the
+first. A ring all-reduce of B bytes over n workers sends 2 (n - 1) B bytes in total. With 8 bytes a
+number for psi and F for the others
 
-    bytes a step = 2 [8 ascents P (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) max(1, ascents)]
+    bytes a step = 2 [8 ascents M D (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) max(1, ascents)]
 
 and the metrics, a few numbers of 8 bytes and one for each worker, every `log_every` steps. With psi
 off and no class shared, nothing else crosses at all. Images never do.
@@ -105,9 +105,9 @@ def predicted_bytes(
     """
     psi = frequencies.sampler == "psi"
     ascents, width = psi * frequencies.ascents, 2 * frequencies.num_freqs + 1
-    parameters = frequencies.hidden * (frequencies.noise_dim + 1) + dim * (frequencies.hidden + 1)
+    scales = frequencies.num_components * dim
     workers = sum(len(group.ranks) for group in groups)
     shared = sum((len(group.ranks) - 1) * len(group.classes) for group in groups)
     return 2 * (
-        8 * ascents * parameters * (workers - 1) + number_bytes * shared * width * max(1, ascents)
+        8 * ascents * scales * (workers - 1) + number_bytes * shared * width * max(1, ascents)
     )

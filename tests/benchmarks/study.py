@@ -53,7 +53,7 @@ class Weighted(Distiller):
     probe: dict[int, Tensor]
 
     @torch.no_grad()
-    def _frequencies(self, number: int) -> Tensor:
+    def _frequencies(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = torch.stack(
             [
                 torch.cat(
@@ -70,7 +70,8 @@ class Weighted(Distiller):
         between = x.mean(1).std(0) + 1e-6
         weight = x.flatten(0, 1).std(0) + 1e-6 if kind == "whiten" else within / between
         weight = weight.clamp_min(0.05 * weight.mean()) ** -power
-        return super()._frequencies(number) * (weight / weight.square().mean().sqrt())
+        t, log_scales = super()._frequencies(number)
+        return t * (weight / weight.square().mean().sqrt()), log_scales
 
 
 # name -> (distillation, frequencies, factor); everything else is the same for all.

@@ -55,7 +55,7 @@ class Watched(Distiller):
         if not self.looking:
             super()._step_psi(ascent)
 
-    def _frequencies(self, number: int) -> Tensor:
+    def _frequencies(self, number: int) -> tuple[Tensor, Tensor | None]:
         return super()._frequencies(number + self.other_draw)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ncfm.matching
 from ncfm.communication import Alone
 from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
@@ -36,18 +37,26 @@ def test_the_descent(features: tuple[list[Tensor], list[Tensor], Tensor], alpha:
         assert float(gradient.abs().max()) > 1e-3  # negative control
 
 
+@pytest.mark.parametrize("components", [1, 5, 10])
 @pytest.mark.parametrize("objective", ["ncfd", "excess", "ratio"])
-def test_the_ascent(features: tuple[list[Tensor], list[Tensor], Tensor], objective: Any) -> None:
+def test_the_ascent(
+    features: tuple[list[Tensor], list[Tensor], Tensor],
+    objective: Any,
+    components: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ncfm.matching, "BLOCK_FREQS", 4)  # several blocks
     x, y, t = features
     config = FrequencyConfig(sampler="psi", objective=objective)
     match = Match(x, y, t, Alone())
     match.descent(0.5)  # leaves nothing behind
     values = match.objective(config, 0.5)
-    gradients = list(match.frequency_gradients())
+    gradients = list(match.scale_gradients(components))
     assert len(gradients) == len(x)
     for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
-        leaf = t.clone().requires_grad_()
-        phi = empirical_cf(a, leaf), empirical_cf(b, leaf)
+        leaf = torch.zeros(components, DIM, dtype=torch.float64, requires_grad=True)
+        scaled = t * leaf.exp().repeat_interleave(FREQS // components, 0)
+        phi = empirical_cf(a, scaled), empirical_cf(b, scaled)
         expected = psi_objective(*phi, len(a), len(b), config, 0.5)
         torch.testing.assert_close(value, expected.detach())
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
@@ -60,7 +69,7 @@ def test_the_members_of_a_group_count_every_sample_once(
     x, y, t = features
     config, whole = FrequencyConfig(sampler="psi", objective="ratio"), Match(x, y, t, Alone())
     whole.objective(config, 0.5)
-    expected = list(whole.frequency_gradients())
+    expected = list(whole.scale_gradients(5))
 
     class Three:
         members = 3
@@ -79,7 +88,7 @@ def test_the_members_of_a_group_count_every_sample_once(
         parts = [part.tensor_split(3)[rank] for part in x]
         match = Match(parts, y, t, Three(rank))
         match.objective(config, 0.5)
-        shares = list(match.frequency_gradients())
+        shares = list(match.scale_gradients(5))
         assert not torch.allclose(shares[0], expected[0])  # negative control
         total = [one + share for one, share in zip(total, shares, strict=True)]
     torch.testing.assert_close(total, expected)
