@@ -18,7 +18,7 @@ from ncfm.frequencies import FrequencyConfig, psi_objective
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-BLOCK_FREQS = 128  # frequencies whose gradient is there at a time
+BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

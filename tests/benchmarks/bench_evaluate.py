@@ -4,10 +4,11 @@
 
 `plain`: PyTorch's own layers, malloc as it comes, whole batches, one network after another, each on
 all cores. `ours`: as the evaluate stage has it, a network a core and a thread each. The networks
-are the built-in preset's, on as many images as its synthetic set shows (40, 200 epochs) and as its
-whole set has. The variants take turns, all networks of a set each. Prints a table and writes
-evaluate.json: seconds a set, their ratio, and the accuracies, whose differences are those of
-rounding, grown over a training.
+are the built-in preset's: those of one set of as many images as its synthetic set shows (`small`,
+40, 200 epochs), of its whole set (`whole`, 2000), and of all four sets of its stage (`stage`). The
+variants take turns, all networks of a case each. Prints a table and writes evaluate.json: seconds a
+case, their ratio, and the accuracies, whose differences are those of rounding, grown over a
+training.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, build_model
 from pipeline.config import PRESETS, parse_command
 
-CASES = {"small": 4, "whole": 200}  # images of a class
+WHOLE = 200
+CASES = {"small": [4], "whole": [WHOLE], "stage": [1, 4, 4, WHOLE]}
+"""Sets of so many images of a class: random, of the same factor, distilled, whole."""
 VARIANTS = ("plain", "ours")
 CLASSES, SIZE, TEST = 10, 32, 50
 CORES = len(os.sched_getaffinity(0))
@@ -51,8 +54,8 @@ def stripes(count: int, seed: int) -> InMemoryImages:
     return InMemoryImages(pixels.to(torch.uint8), labels)
 
 
-def serve(case: str, variant: str, pipe: Connection) -> None:
-    """Train the network of every seed that comes, and answer with its accuracy."""
+def serve(variant: str, pipe: Connection) -> None:
+    """Train the network of every (images of a class, seed) that comes; answer with its accuracy."""
     if variant == "ours":
         torch.set_num_threads(1)
     else:
@@ -65,39 +68,39 @@ def serve(case: str, variant: str, pipe: Connection) -> None:
 
         ncfm.evaluate.build_model = build  # type: ignore[attr-defined]
     config = parse_command(["--config", str(PRESETS / "builtin.toml")]).config
-    training = config.evaluate.training
-    if case == "whole":
-        training = dataclasses.replace(training, epochs=config.evaluate.whole_epochs)
     spec = ImageSpec(
         channels=3, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3,
         class_names=tuple(map(str, range(CLASSES))),
     )  # fmt: skip
-    sets = stripes(CASES[case], 0), stripes(TEST, 1)
+    test = stripes(TEST, 1)
 
-    def train(seed: int, epochs: int) -> float:
+    def train(count: int, seed: int, epochs: int | None = None) -> float:
+        whole, training = config.evaluate.whole_epochs, config.evaluate.training
+        epochs = epochs or (whole if count == WHOLE else training.epochs)
         settings = dataclasses.replace(training, epochs=epochs)
+        sets = stripes(count, 0), test
         return judge(*sets, spec, model=config.model, training=settings, seed=seed).accuracy
 
-    train(0, 1)  # warm up
+    train(4, 0, epochs=1)  # warm up
     pipe.send(None)
-    while (seed := pipe.recv()) is not None:
-        pipe.send(train(seed, training.epochs))
+    while (task := pipe.recv()) is not None:
+        pipe.send(train(*task))
 
 
-def train_set(pipes: list[Connection], repeats: int) -> tuple[float, list[float]]:
-    """Seconds and accuracies of a set's networks, each trained by whoever is free."""
-    began, seeds, found = time.perf_counter(), iter(range(repeats)), {}
+def train_all(pipes: list[Connection], tasks: list[tuple[int, int]]) -> tuple[float, list[float]]:
+    """Seconds and accuracies of some networks, each trained by whoever is free."""
+    began, waiting, found = time.perf_counter(), iter(enumerate(tasks)), {}
     working = {}
-    for pipe, seed in zip(pipes, seeds, strict=False):
-        pipe.send(seed)
-        working[pipe] = seed
+    for pipe, (number, task) in zip(pipes, waiting, strict=False):
+        pipe.send(task)
+        working[pipe] = number
     while working:
         for pipe in [pipe for pipe in working if pipe.poll(0.01)]:
             found[working.pop(pipe)] = pipe.recv()
-            for seed in itertools.islice(seeds, 1):
-                pipe.send(seed)
-                working[pipe] = seed
-    return time.perf_counter() - began, [found[seed] for seed in range(repeats)]
+            for number, task in itertools.islice(waiting, 1):
+                pipe.send(task)
+                working[pipe] = number
+    return time.perf_counter() - began, [found[number] for number in range(len(tasks))]
 
 
 def measure(case: str, repeats: int, turns: int) -> list[dict[str, Any]]:
@@ -108,15 +111,16 @@ def measure(case: str, repeats: int, turns: int) -> list[dict[str, Any]]:
     for variant in VARIANTS:
         for _ in range(CORES if variant == "ours" else 1):
             mine, its = spawn.Pipe()
-            running.append(spawn.Process(target=serve, args=(case, variant, its)))
+            running.append(spawn.Process(target=serve, args=(variant, its)))
             running[-1].start()
             its.close()
             mine.recv()
             pipes[variant].append(mine)
     found: dict[str, list[tuple[float, list[float]]]] = {variant: [] for variant in VARIANTS}
+    tasks = [(count, seed) for count in CASES[case] for seed in range(repeats)]
     for _ in range(turns):
         for variant in VARIANTS:
-            found[variant].append(train_set(pipes[variant], repeats))
+            found[variant].append(train_all(pipes[variant], tasks))
     for pipe in [pipe for mine in pipes.values() for pipe in mine]:
         pipe.send(None)
     for process in running:
@@ -146,7 +150,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     rows = [r for case in args.cases for r in measure(case, args.repeats, args.turns)]
-    print(f"{'case':6} {'variant':8} {'s/network':>9} {'faster':>7}  accuracies in %")
+    print(f"{'case':6} {'variant':8} {'seconds':>9} {'faster':>7}  accuracies in %")
     for row in rows:
         accuracies = " ".join(f"{100 * value:.1f}" for value in row["accuracy"])
         print(
