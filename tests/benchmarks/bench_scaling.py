@@ -72,6 +72,7 @@ class Bench:
             "storage_path": folder,
             "distill.real_batch": real_batch,
             "distill.num_steps": steps,
+            "distill.compile": True,  # as it is in runs of more steps
             "runtime.log_every": LOG_EVERY,
             "runtime.max_failures": 0,
         }

@@ -104,6 +104,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fisher-1": {"weighting": ("fisher", 1.0)},
     "alpha-0.1": {"distill": {"alpha": 0.1}},
     "alpha-0.9": {"distill": {"alpha": 0.9}},
+    "alpha-1": {"distill": {"alpha": 1.0}},
+    "gaussian-3-alpha-0.9": {
+        "frequencies": dataclasses.replace(GAUSSIAN, sigma=3.0),
+        "distill": {"alpha": 0.9},
+    },
     "freqs-64": {"frequencies": dataclasses.replace(GAUSSIAN, num_freqs=64)},
     "freqs-256": {"frequencies": dataclasses.replace(GAUSSIAN, num_freqs=256)},
     "freqs-4096": {"frequencies": dataclasses.replace(GAUSSIAN, num_freqs=4096)},
