@@ -254,10 +254,7 @@ class Distiller:
         losses, objectives = [], []
         for part in _slices(counts, min(BLOCK_CHUNKS * self.chunk_size, self.graph_images)):
             x = features(part)
-            keep_graph = sum(counts[part]) <= self.graph_images
-            with torch.set_grad_enabled(keep_graph):
-                chunks = list(self._synthetic_features(stored, part, prepare))
-            y = list(torch.cat([chunk.detach() for chunk in chunks]).split(counts[part]))
+            y, backward = self._forward(stored, part, prepare)
             if cfg.objective == "mmd":
                 values, gradients = match_means(x, y, self.communicator)
             else:
@@ -266,16 +263,8 @@ class Distiller:
             self._check_finite(values, part)
             losses.append(values)
             # (1) min: from the features back to the pixels
-            grads = iter(
-                torch.cat(gradients).mul_(cfg.loss_weight).split([len(chunk) for chunk in chunks])
-            )
-            if keep_graph:
-                torch.autograd.backward(chunks, list(grads))
-            else:
-                for inputs in self._synthetic_inputs(stored, part, prepare):
-                    again = [self._extract(images) for images in inputs]
-                    torch.autograd.backward(again, [next(grads) for _ in again])
-            del chunks, gradients, grads  # the graph, before psi's gradient needs memory
+            backward(gradients)
+            del gradients, backward  # and the graph, before psi's gradient needs memory
             # (2) max: psi's gradient on the same features
             if ascent is not None:
                 objectives.append(match.objective(self.frequencies, cfg.alpha))
@@ -390,11 +379,34 @@ class Distiller:
             inputs = prepare(decode(images, self.factor), group.repeat_interleave(formed))
             yield list(inputs.split(self.chunk_size))
 
-    def _synthetic_features(
+    def _forward(
         self, stored: list[Tensor], part: slice, prepare: Prepare
-    ) -> Iterator[Tensor]:
-        for inputs in self._synthetic_inputs(stored, part, prepare):
-            yield from (self._extract(images) for images in inputs)
+    ) -> tuple[list[Tensor], Callable[[list[Tensor]], None]]:
+        """Features (N_c, D) of the synthetic images of some classes, without a graph, and the way
+        back: it takes the gradients of the loss to where the images' are added up.
+        """
+
+        counts = [self.factor**2 * len(images) for images in stored[part]]
+        keep_graph = sum(counts) <= self.graph_images
+        with torch.set_grad_enabled(keep_graph):
+            found = [
+                self._extract(images)
+                for inputs in self._synthetic_inputs(stored, part, prepare)
+                for images in inputs
+            ]
+
+        def backward(gradients: list[Tensor]) -> None:
+            slopes = torch.cat(gradients).mul_(self.config.loss_weight)
+            pieces = list(slopes.split([len(chunk) for chunk in found]))
+            if keep_graph:
+                torch.autograd.backward(found, pieces)
+                return
+            for inputs in self._synthetic_inputs(stored, part, prepare):
+                again = [self._extract(images) for images in inputs]
+                torch.autograd.backward(again, pieces[: len(again)])
+                del pieces[: len(again)]
+
+        return list(torch.cat([chunk.detach() for chunk in found]).split(counts)), backward
 
     def _extract(self, images: Tensor) -> Tensor:
         """What is compared: features (N, D)."""
