@@ -35,7 +35,6 @@ from pipeline.stages import Run
 from pipeline.workers import Workers, connect, current_context, fit
 
 OFTEN, NEVER = 0.0, 1e9
-LOG_EVERY = 4  # steps; in between, psi's gradient alone joins the workers
 
 
 def pinned_loop(arguments: dict[str, Any]) -> None:
@@ -73,7 +72,6 @@ class Bench:
             "distill.real_batch": real_batch,
             "distill.num_steps": steps,
             "distill.compile": True,  # as it is in runs of more steps
-            "runtime.log_every": LOG_EVERY,
             "runtime.max_failures": 0,
         }
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))

@@ -194,7 +194,7 @@ def compare(names: list[str], variants: list[str], steps: int) -> list[dict[str,
             "variant": variant,
             "seconds": statistics.median(seconds[name, variant]),
         }
-        mib = statistics.median(process.ask("step_mib") for _ in range(3))
+        mib = statistics.median(process.ask("step_mib") for _ in range(7))
         row |= {"all_seconds": seconds[name, variant], "step_mib": mib}
         rows.append({**row, "gflops": process.ask("gigaflop") / row["seconds"]})
         process.close()
