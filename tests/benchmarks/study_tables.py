@@ -32,8 +32,8 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
         return 100 * statistics.mean(row["accuracy"])
 
     lines = [
-        f"| variant | accuracy | seeds | minus {against}, paired |",
-        "|---|---|---|---|",
+        f"| variant | accuracy | seeds | minus {against}, paired | CPU s a step |",
+        "|---|---|---|---|---|",
     ]
     base = found.get(against, {})
     means = {name: statistics.mean(map(points, seeds.values())) for name, seeds in found.items()}
@@ -46,7 +46,10 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
             if both and name != against
             else ""
         )
-        lines.append(f"| {name} | {means[name]:.2f} ± {error:.2f} | {len(seeds)} | {difference} |")
+        timed = [row["step_cpu_s"] for row in seeds.values() if "step_cpu_s" in row]
+        time = f"{statistics.median(timed):.2f}" if timed else ""
+        accuracy = f"{means[name]:.2f} ± {error:.2f}"
+        lines.append(f"| {name} | {accuracy} | {len(seeds)} | {difference} | {time} |")
     return "\n".join(lines).replace(" ± nan", "")
 
 

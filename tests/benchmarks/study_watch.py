@@ -139,6 +139,21 @@ def _scales(distiller: Distiller) -> dict[str, float]:
     }
 
 
+def table(rows: list[dict[str, Any]], steps: int) -> str:
+    """Markdown: the first moment that shows a variant's own way, and the last."""
+    columns = [name for row in rows for name in row if name not in ("variant", "ipc", "step")]
+    columns = list(dict.fromkeys(columns))
+    lines = ["| IPC | variant | step | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (3 + len(columns)) + "|")
+    for row in rows:
+        if row["step"] in (steps // MOMENTS, steps):
+            values = [f"{row[name]:.3f}" if name in row else "" for name in columns]
+            lines.append(
+                f"| {row['ipc']} | {row['variant']} | {row['step']} | {' | '.join(values)} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = study.parser().parse_args(sys.argv[1:])
     torch.set_num_threads(args.threads)
@@ -151,6 +166,7 @@ def main() -> None:
         for row in watch(bench, yardsticks, name, ipc)
     ]
     Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(table(rows, args.steps))
 
 
 if __name__ == "__main__":
