@@ -385,7 +385,6 @@ class Distiller:
         """Features (N_c, D) of the synthetic images of some classes, without a graph, and the way
         back: it takes the gradients of the loss to where the images' are added up.
         """
-
         counts = [self.factor**2 * len(images) for images in stored[part]]
         keep_graph = sum(counts) <= self.graph_images
         with torch.set_grad_enabled(keep_graph):

@@ -12,7 +12,6 @@ import dataclasses
 import gzip
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +196,12 @@ class Bench:
             seed=seed,
         )
 
+    def trained(self, member: int) -> Classifier:
+        """A network of the pool after its training."""
+        network: Classifier = self.network(0)
+        network.load_state_dict(self.pool[member][1])
+        return network
+
     def _pool(self) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         args = self.args
         folder = Path(args.pool)
@@ -259,6 +264,7 @@ class Bench:
             "sigma": [],
             "sigma_spread": [],
         }
+        began = time.process_time()
         for step in range(args.steps):
             if step == COMPILED:
                 began = time.process_time()  # of one thread: no pause counts
@@ -272,7 +278,7 @@ class Bench:
                         scales = distiller.sampler.scales(noise)
                     trace["sigma"].append(float(scales.mean()))
                     trace["sigma_spread"].append(float(scales.log().std()))
-        seconds = (time.process_time() - began) / (args.steps - COMPILED)
+        seconds = (time.process_time() - began) / max(1, args.steps - COMPILED)
         images = torch.cat([p.detach().cpu() for p in distiller.images.values()])
         return self._set(images, ipc, synthetic.factor), {"step_cpu_s": seconds, "trace": trace}
 
@@ -329,8 +335,7 @@ class Bench:
         return real
 
     def _herding(self, real: Tensor, c: int, ipc: int, seed: int) -> Tensor:
-        network = self.network(0)
-        network.load_state_dict(self.pool[seed % len(self.pool)][1])
+        network = self.trained(seed % len(self.pool))
         source = InMemoryImages(real, torch.full((len(real),), c))
         return herding_set(source, ipc, network, self.spec, device=self.device)
 
@@ -339,13 +344,8 @@ class Bench:
         return SyntheticSet(images, labels, factor, self.spec)
 
     def _soft_labels(self, made: SyntheticSet) -> Tensor:
-        def teachers() -> Iterator[Classifier]:
-            for _, trained in self.pool:
-                network = self.network(0)
-                network.load_state_dict(trained)
-                yield network
-
-        return soft_labels(made, teachers(), CurateConfig(), device=self.device)
+        teachers = map(self.trained, range(len(self.pool)))
+        return soft_labels(made, teachers, CurateConfig(), device=self.device)
 
     def judge(self, made: SyntheticSet, seed: int, *, soft: bool = False) -> list[float]:
         """Accuracies of fresh networks on the complete test set, after the last epoch."""

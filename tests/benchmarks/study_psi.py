@@ -30,9 +30,8 @@ def gradients(bench: study.Bench, images: Tensor, config: FrequencyConfig) -> Te
     """(networks, batches, D): of the mean objective over the classes, trained networks."""
     spec, per_class = bench.spec, len(images) // bench.spec.num_classes
     rows = []
-    for _, trained in bench.pool:
-        network = bench.network(0)
-        network.load_state_dict(trained)
+    for member in range(len(bench.pool)):
+        network = bench.trained(member)
 
         @torch.no_grad()
         def features(pixels: Tensor, network: torch.nn.Module = network) -> Tensor:

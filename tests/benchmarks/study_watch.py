@@ -68,15 +68,10 @@ class Yardsticks:
             bench.sets["val"].images[labels == c][:HELD_OUT].float() / 255
             for c in range(bench.spec.num_classes)
         ]
-        self.real = [[self._features(net, x) for x in held_out] for net in self._networks()]
+        self.networks = [bench.trained(member) for member in range(len(bench.pool))]
+        self.real = [[self._features(net, x) for x in held_out] for net in self.networks]
         dim = self.real[0][0].shape[1]
         self.t = torch.randn(1024, dim, generator=keyed_generator(0, "study_watch"))
-
-    def _networks(self) -> list[Any]:
-        networks = [self.bench.network(0) for _ in self.bench.pool]
-        for network, (_, trained) in zip(networks, self.bench.pool, strict=True):
-            network.load_state_dict(trained)
-        return networks
 
     @torch.no_grad()
     def _features(self, network: Any, images: Tensor) -> Tensor:
@@ -87,7 +82,7 @@ class Yardsticks:
     def distances(self, distiller: Distiller) -> dict[str, float]:
         """Means over the classes and the networks."""
         values: dict[str, list[float]] = {"ncfd_1": [], "ncfd_3": [], "mmd": []}
-        for network, real in zip(self._networks(), self.real, strict=True):
+        for network, real in zip(self.networks, self.real, strict=True):
             for x, stored in zip(real, distiller.images.values(), strict=True):
                 y = self._features(network, decode(stored, distiller.factor))
                 for sigma in (1, 3):
