@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from ncfm.images import ImageSource, ImageSpec, to_unit
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
+from ncfm.threads import mapped
 from ncfm.train import EpochReport, TrainConfig, accuracy, train
+
+CPU_BATCH = 32  # images of a batch that a thread tests at a time
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ def judge(
     tail: ImageSource | None = None,
     tail_epochs: int = 0,
     legacy_every: int = 0,
+    threads: int = 1,
 ) -> Judgement:
-    """Train one fresh network and test it after its last epoch.
+    """Train one fresh network and test it after its last epoch; `threads` as those of `train`.
 
     `tail` is what the last `tail_epochs` learn from, if it is not `train_on`. With `legacy_every`
     the network is also tested after every so many epochs, as the released code does, for the best
@@ -70,14 +74,14 @@ def judge(
         report=test,
         tail=tail,
         tail_epochs=tail_epochs,
+        threads=threads,
     )
-    result = Judgement(confusion_matrix(network, test_on, spec, device=device))
+    result = Judgement(confusion_matrix(network, test_on, spec, device=device, threads=threads))
     if not legacy_every:
         return result
     return Judgement(result.confusion, max([*tested, result.accuracy]))
 
 
-@torch.no_grad()
 def confusion_matrix(
     model: nn.Module,
     data: ImageSource,
@@ -85,14 +89,23 @@ def confusion_matrix(
     *,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    threads: int = 1,
 ) -> Tensor:
     """(classes, classes) int64: [i, j] images of class i that a model in eval mode takes for j."""
     model.to(device).eval()
     classes = spec.num_classes
     counts = torch.zeros(classes * classes, dtype=torch.long)
-    for images, labels in data.epoch(batch_size, None):
-        said = model(spec.normalize(to_unit(images.to(device)))).argmax(1).cpu()
-        counts += torch.bincount(labels.cpu() * classes + said, minlength=classes * classes)
+    part = CPU_BATCH if torch.device(device).type == "cpu" else batch_size
+
+    def classify(images: Tensor) -> Tensor:
+        with torch.no_grad():  # in its thread, too
+            said: Tensor = model(spec.normalize(to_unit(images.to(device)))).argmax(1)
+        return said.cpu()
+
+    with mapped(threads) as each:
+        for images, labels in data.epoch(batch_size, None):
+            said = torch.cat(list(each(classify, images.split(part))))
+            counts += torch.bincount(labels.cpu() * classes + said, minlength=classes * classes)
     return counts.view(classes, classes)
 
 

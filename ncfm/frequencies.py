@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.discrepancy import CF, ncfd, sampling_floor, smooth_sqrt, squared_difference
+from ncfm.seeding import global_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,7 @@ def build_sampler(
     """
     if config.sampler == "gaussian":
         return GaussianFrequencies(config, dim)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    with global_generator(int(torch.randint(2**62, (), generator=generator))):
         return ScaleMixture(config, dim)
 
 

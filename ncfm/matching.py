@@ -15,20 +15,9 @@ from torch import Tensor
 from ncfm.communication import Communicator, group_total, own_parts
 from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from ncfm.linalg import product
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices. In float32 on a CPU by oneDNN, as convolutions are: on AMD's processors
-    MKL, which `@` asks, is half as fast.
-    """
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not ONEDNN or not a.numel():
-        return a @ b
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
-    return result
 
 
 class Waves(NamedTuple):

@@ -7,6 +7,8 @@ that is what makes a run the same on any number of workers and exactly resumable
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,3 +28,20 @@ def keyed_generator(
     class_index)`.
     """
     return torch.Generator(device=device).manual_seed(keyed_seed(seed, *keys))
+
+
+@contextmanager
+def global_generator(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """What draws from the device's global generator, as layers do, draws from this seed; after it
+    the generator is as it was.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the accelerators too, which are not forked here.
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+        torch.cuda.manual_seed(seed)
+        yield

@@ -2,8 +2,9 @@
 set.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 from ncfm.augment import Augment, AugmentConfig, cutmix
 from ncfm.images import ImageSource, ImageSpec, to_unit
 from ncfm.memory import keep_freed_memory
-from ncfm.seeding import keyed_generator
+from ncfm.models.from_torchvision import TorchvisionClassifier
+from ncfm.seeding import global_generator, keyed_generator, keyed_seed
+from ncfm.threads import mapped
 
-PART_PIXELS = 3 * 2**14  # 48 images at 32 px; at width 128 no activation exceeds 25 MiB
+PART_PIXELS = 3 * 2**13  # 24 images at 32 px; at width 128 no activation exceeds 13 MiB
+
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +74,14 @@ def train(
     report: Callable[[EpochReport], None] | None = None,
     tail: ImageSource | None = None,
     tail_epochs: int = 0,
+    threads: int = 1,
 ) -> nn.Module:
     """Train the model in place on labelled images, hard (N,) or soft (N, classes); returns it in
     eval mode. The last `tail_epochs` of the epochs walk through `tail` (curation's fine-tuning).
 
-    Every draw comes from (seed, purpose, epoch). Raises ValueError on an empty source and
-    FloatingPointError, with the epoch, if the loss is no longer finite.
+    Every draw comes from (seed, purpose, epoch). `threads` share the parts of a batch, and the
+    result is the same on any number (while torch.get_num_threads() is 1). Raises ValueError on an
+    empty source and FloatingPointError, with the epoch, if the loss is no longer finite.
     """
     if len(data) == 0 or (tail is not None and len(tail) == 0):
         raise ValueError("there is no image to train on")
@@ -82,38 +89,56 @@ def train(
     model.to(device).train()
     part_size = _part_size(model, spec, device)
     optimizer, augment = _optimizer(model, config), Augment(config.augment)
-    for epoch in range(config.epochs):
-        lr = config.lr * config.gamma ** sum(epoch >= m * config.epochs for m in config.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        draws = keyed_generator(seed, "train_draws", epoch)
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), device=device)
-        source = data if tail is None or epoch < config.epochs - tail_epochs else tail
-        for images, labels in source.epoch(
-            config.batch_size, keyed_generator(seed, "train_order", epoch)
-        ):
-            x = spec.normalize(to_unit(images.to(device)))
-            targets = _one_hot(labels.to(device), spec.num_classes)
-            x = augment.apply(x, augment.draw([draws], len(x)), torch.arange(len(x)))
-            if config.cutmix_prob and float(torch.rand((), generator=draws)) < config.cutmix_prob:
-                x, targets = cutmix(x, targets, draws)
-            optimizer.zero_grad()
-            parts = math.ceil(len(x) / (part_size or len(x)))
-            for part, target in zip(x.chunk(parts), targets.chunk(parts), strict=True):
-                logits = model(part)
-                loss = F.cross_entropy(logits, target, reduction="sum")
-                (loss / len(x)).backward()
-                loss_sum += loss.detach()
-                correct += (logits.detach().argmax(1) == target.argmax(1)).sum()
-            optimizer.step()
-        mean_loss = float(loss_sum) / len(source)
-        if mean_loss != mean_loss or mean_loss == float("inf"):
-            raise FloatingPointError(
-                f"training diverged: the loss of epoch {epoch} is {mean_loss} (lr {lr})"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def learn(images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor, Gradients]:
+        """Of a part of a batch of this size: the sum of the losses, how many are right, and what
+        the part adds to the gradients.
+        """
+        with torch.enable_grad():
+            logits = model(images)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            gradients = torch.autograd.grad(loss / size, parameters, allow_unused=True)
+        right = (logits.detach().argmax(1) == targets.argmax(1)).sum()
+        return loss.detach(), right, gradients
+
+    with mapped(threads) as each, global_generator(keyed_seed(seed, "train_layers"), device):
+        for epoch in range(config.epochs):
+            lr = config.lr * config.gamma ** sum(
+                epoch >= m * config.epochs for m in config.milestones
             )
-        if report is not None:
-            report(EpochReport(epoch, mean_loss, float(correct) / len(source)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            draws = keyed_generator(seed, "train_draws", epoch)
+            loss_sum = torch.zeros((), device=device)
+            correct = torch.zeros((), device=device)
+            source = data if tail is None or epoch < config.epochs - tail_epochs else tail
+            for images, labels in source.epoch(
+                config.batch_size, keyed_generator(seed, "train_order", epoch)
+            ):
+                x = spec.normalize(to_unit(images.to(device)))
+                y = _one_hot(labels.to(device), spec.num_classes)
+                x = augment.apply(x, augment.draw([draws], len(x)), torch.arange(len(x)))
+                if (
+                    config.cutmix_prob
+                    and float(torch.rand((), generator=draws)) < config.cutmix_prob
+                ):
+                    x, y = cutmix(x, y, draws)
+                optimizer.zero_grad()
+                parts = _parts(len(x), part_size)
+                sizes = itertools.repeat(len(x))
+                for loss, right, gradients in each(learn, x.chunk(parts), y.chunk(parts), sizes):
+                    loss_sum += loss
+                    correct += right
+                    _add(parameters, gradients)
+                optimizer.step()
+            mean_loss = float(loss_sum) / len(source)
+            if mean_loss != mean_loss or mean_loss == float("inf"):
+                raise FloatingPointError(
+                    f"training diverged: the loss of epoch {epoch} is {mean_loss} (lr {lr})"
+                )
+            if report is not None:
+                report(EpochReport(epoch, mean_loss, float(correct) / len(source)))
     return model.eval()
 
 
@@ -136,16 +161,28 @@ def accuracy(
 
 
 def _part_size(model: nn.Module, spec: ImageSpec, device: torch.device | str) -> int | None:
-    """Images of a batch that go through the network at a time; None: all.
+    """Images of a batch that go through the network at a time, at most; None: all.
 
     On a CPU activations of many MiB cost more than their arithmetic. The gradients of the parts add
-    up to that of the batch, unless the network has statistics of the batch.
+    up to that of the batch, unless the network has statistics of the batch, or draws.
     """
-    if torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu" or isinstance(model, TorchvisionClassifier):
         return None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return None
     return max(1, PART_PIXELS // spec.image_size**2)
+
+
+def _parts(count: int, size: int | None) -> int:
+    """Parts of so many images: a power of two, which threads share evenly."""
+    return 1 if size is None else 2 ** math.ceil(math.log2(max(1, count / size)))
+
+
+def _add(parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            # fused optimisers take it to lie in memory as the parameter does
+            p.grad = gradient.contiguous() if p.grad is None else p.grad + gradient
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

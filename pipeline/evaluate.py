@@ -148,8 +148,9 @@ class EvaluationTask:
         ]
         return InMemoryImages(torch.cat(chosen), torch.tensor(classes).repeat_interleave(self.ipc))
 
-    def run(self) -> dict[str, Any]:
-        """Train and test; runs inside a Ray task."""
+    def run(self, threads: int = 1) -> dict[str, Any]:
+        """Train and test; runs inside a Ray task. The threads make no difference to the result."""
+        torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
         shards = ShardSet(self.shards, self.shard_manifest)
         spec, train_on = shards.spec, self.training_set(shards)
         test_on: ImageSource = StreamedImages(
@@ -172,6 +173,7 @@ class EvaluationTask:
             tail=tail.training_set(shards) if tail else None,
             tail_epochs=self.hard_epochs,
             legacy_every=self.legacy_every,
+            threads=threads,
         )
         return {
             "accuracy": judged.accuracy,
@@ -230,18 +232,35 @@ def run_tasks(
     remote = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0, max_retries=3)(
         EvaluationTask.run
     )
-    pending: dict[Any, UPath] = {}
+    threads = [1] * len(waiting)
+    if not workers.use_gpu:
+        nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
+        threads = shares(len(waiting), workers.count, largest=int(max(nodes)))
+    pending: dict[Any, tuple[UPath, int]] = {}
     progress, total, todo = Progress(stage, len(waiting), unit="networks"), len(waiting), [*waiting]
+    free = workers.count
     while todo or pending:
-        while todo and len(pending) < workers.count:
-            path = todo.pop(0)
-            pending[remote.remote(waiting[path])] = path
+        while todo and threads[0] <= free:
+            path, mine = todo.pop(0), threads.pop(0)
+            task = remote.options(num_cpus=mine).remote(waiting[path], mine)
+            pending[task], free = (path, mine), free - mine
         ready, _ = ray.wait(list(pending))
-        path = pending.pop(ready[0])
+        path, mine = pending.pop(ready[0])
+        free += mine
         result = ray.get(ready[0])
         write_atomic(path, json.dumps(result))
         progress.update(total - len(todo) - len(pending), **{waiting[path].set: result["accuracy"]})
     return [read_json(path) for path in paths]
+
+
+def shares(networks: int, cores: int, *, largest: int | None = None) -> list[int]:
+    """Threads of each of some networks, in their order, so that no core waits for the last of them:
+    those that do not fill all cores come first and share them; then one a core. `largest`: cores of
+    one machine, at most.
+    """
+    odd = networks % cores
+    each = min(cores // odd, largest or cores) if odd else 1
+    return [each] * odd + [1] * (networks - odd)
 
 
 def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

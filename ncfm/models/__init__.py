@@ -17,6 +17,7 @@ from ncfm.models.from_torchvision import PREFIX, TorchvisionClassifier, torchvis
 from ncfm.models.layers import Norm
 from ncfm.models.resnet import ResNet18
 from ncfm.models.vgg import VGG11
+from ncfm.seeding import global_generator
 
 __all__ = ["Classifier", "ModelConfig", "Name", "Norm", "build_model"]
 
@@ -81,9 +82,7 @@ def build_model(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if seed is None:
         return _construct(config, shape)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # torch.manual_seed would reseed the accelerators too, whose generators are not forked here.
-        torch.default_generator.manual_seed(seed)
+    with global_generator(seed), torch.device("cpu"):
         return _construct(config, shape)
 
 

@@ -1,10 +1,13 @@
 """The pieces that the architectures share, as the dataset distillation literature defines them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ncfm.linalg import product
 
 Norm = Literal["instance", "batch", "group", "none"]
 
@@ -55,7 +58,25 @@ class AveragePool(nn.Module):
             return F.avg_pool2d(x, 2)
         if not self.side or x.shape[-2:] != (self.side, self.side):
             return F.avg_pool2d(x, 2)
-        return x.reshape(*x.shape[:-2], self.side // 2, 2 * self.side) @ self.rows.to(x.dtype)
+        pooled: Tensor = _Pool.apply(x, self.rows.to(x.dtype))
+        return pooled
+
+
+class _Pool(torch.autograd.Function):
+    """Rows of two, side by side, times what averages them; the way back is the transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        pairs, half = rows.shape
+        return product(x.reshape(-1, pairs), rows).view(*x.shape[:-2], half, half)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return product(slope.reshape(-1, rows.shape[1]), rows.mT).view(ctx.shape), None
 
 
 def padded_size(image_size: int) -> int:

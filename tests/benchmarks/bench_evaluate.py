@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_evaluate.py --out runs/bench [--repeats 5]
 
 `plain`: PyTorch's own layers, malloc as it comes, whole batches, one network after another, each on
-all cores. `ours`: as the evaluate stage has it, a network a core and a thread each. The networks
+all cores. `ours`: as the evaluate stage has it, a network a core, and those that are over share the
+cores. The networks
 are the built-in preset's: those of one set of as many images as its synthetic set shows (`small`,
 40, 200 epochs), of its whole set (`whole`, 2000), and of all four sets of its stage (`stage`). The
 variants take turns, all networks of a case each. Prints a table and writes evaluate.json: seconds a
@@ -13,13 +14,12 @@ training.
 
 import argparse
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import os
 import statistics
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ncfm.evaluate import judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, build_model
 from pipeline.config import PRESETS, parse_command
+from pipeline.evaluate import shares
 
 WHOLE = 200
 CASES = {"small": [4], "whole": [WHOLE], "stage": [1, 4, 4, WHOLE]}
@@ -74,12 +75,14 @@ def serve(variant: str, pipe: Connection) -> None:
     )  # fmt: skip
     test = stripes(TEST, 1)
 
-    def train(count: int, seed: int, epochs: int | None = None) -> float:
+    def train(count: int, seed: int, threads: int = 1, epochs: int | None = None) -> float:
         whole, training = config.evaluate.whole_epochs, config.evaluate.training
         epochs = epochs or (whole if count == WHOLE else training.epochs)
         settings = dataclasses.replace(training, epochs=epochs)
         sets = stripes(count, 0), test
-        return judge(*sets, spec, model=config.model, training=settings, seed=seed).accuracy
+        return judge(
+            *sets, spec, model=config.model, training=settings, seed=seed, threads=threads
+        ).accuracy
 
     train(4, 0, epochs=1)  # warm up
     pipe.send(None)
@@ -87,19 +90,27 @@ def serve(variant: str, pipe: Connection) -> None:
         pipe.send(train(*task))
 
 
-def train_all(pipes: list[Connection], tasks: list[tuple[int, int]]) -> tuple[float, list[float]]:
-    """Seconds and accuracies of some networks, each trained by whoever is free."""
-    began, waiting, found = time.perf_counter(), iter(enumerate(tasks)), {}
-    working = {}
-    for pipe, (number, task) in zip(pipes, waiting, strict=False):
-        pipe.send(task)
-        working[pipe] = number
-    while working:
-        for pipe in [pipe for pipe in working if pipe.poll(0.01)]:
-            found[working.pop(pipe)] = pipe.recv()
-            for number, task in itertools.islice(waiting, 1):
-                pipe.send(task)
-                working[pipe] = number
+def train_all(
+    pipes: list[Connection], tasks: list[tuple[int, int]], threads: list[int]
+) -> tuple[float, list[float]]:
+    """Seconds and accuracies of some networks, each trained by whoever is free once its threads
+    are.
+    """
+    began, waiting, found = time.perf_counter(), list(range(len(tasks))), {}
+    working: dict[Connection, int] = {}
+    idle, free = list(pipes), len(pipes)
+    while waiting or working:
+        while waiting and threads[waiting[0]] <= free:
+            pipe, number = idle.pop(), waiting.pop(0)
+            free -= threads[number]
+            pipe.send((*tasks[number], threads[number]))
+            working[pipe] = number
+        for done in wait(list(working)):
+            assert isinstance(done, Connection)
+            number = working.pop(done)
+            found[number] = done.recv()
+            idle.append(done)
+            free += threads[number]
     return time.perf_counter() - began, [found[number] for number in range(len(tasks))]
 
 
@@ -120,7 +131,8 @@ def measure(case: str, repeats: int, turns: int) -> list[dict[str, Any]]:
     tasks = [(count, seed) for count in CASES[case] for seed in range(repeats)]
     for _ in range(turns):
         for variant in VARIANTS:
-            found[variant].append(train_all(pipes[variant], tasks))
+            servers = pipes[variant]
+            found[variant].append(train_all(servers, tasks, shares(len(tasks), len(servers))))
     for pipe in [pipe for mine in pipes.values() for pipe in mine]:
         pipe.send(None)
     for process in running:

@@ -95,6 +95,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "psi-ratio-10": {"frequencies": dataclasses.replace(PSI, objective="ratio", max_ratio=10.0)},
     "bfloat16": {"distill": {"precision": "bfloat16"}},
+    "float32": {"distill": {"precision": "float32"}},
     "inner-2": {"distill": {"inner_steps": 2}},
     "inner-4": {"distill": {"inner_steps": 4}},
     "whiten-1": {"weighting": ("whiten", 1.0)},

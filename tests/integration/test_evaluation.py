@@ -8,7 +8,7 @@ from tiny import copied, stage
 from upath import UPath
 
 from pipeline.config import UsageError, parse_command
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, shares
 from pipeline.protocols import PROTOCOLS, changes
 from pipeline.stages import Run
 from pipeline.workers import Workers
@@ -86,6 +86,15 @@ def test_a_network_that_does_not_fit_is_refused(tiny: tuple[Path, Path]) -> None
         stage(*copied(tiny, "misfit"), "evaluate", "--evaluate.networks", '["vgg11"]')
 
 
+def test_no_core_waits_for_the_last_network() -> None:
+    assert shares(5, 2) == [2, 1, 1, 1, 1]
+    assert shares(5, 16) == [3] * 5
+    assert shares(6, 4, largest=1) == [1] * 6
+    assert shares(6, 3) == [1] * 6
+    assert shares(1, 8, largest=4) == [4]
+    assert shares(0, 4) == []
+
+
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
 def test_a_protocol_gives_the_same_on_one_and_four_workers(
     tiny: tuple[Path, Path], tmp_path: Path, protocol: str
@@ -104,7 +113,7 @@ def test_a_protocol_gives_the_same_on_one_and_four_workers(
     tasks = [
         run._task(name, repeat, model=run.config.model)  # type: ignore[arg-type]
         for name in sets
-        for repeat in range(2)
+        for repeat in range(3)  # six networks on four workers: two of them have two threads
     ]
     rows = [
         evaluate(tasks, UPath(tmp_path / str(count)), Workers(count, False))["rows"]

@@ -10,7 +10,8 @@ import ncfm.matching
 from ncfm.communication import Alone
 from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
-from ncfm.matching import Match, match_means, product
+from ncfm.linalg import product
+from ncfm.matching import Match, match_means
 
 DIM, FREQS, REAL, SYNTHETIC = 6, 10, (7, 12, 1), (4, 2, 3)
 

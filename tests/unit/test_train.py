@@ -1,6 +1,8 @@
 """The training loop, the evaluation, and the baselines."""
 
 import dataclasses
+import threading
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import ncfm.train
 from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding, herding_set, random_set
-from ncfm.evaluate import judge
+from ncfm.evaluate import confusion_matrix, judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig, build_model
 from ncfm.train import EpochReport, TrainConfig, accuracy, train
@@ -52,6 +54,56 @@ def test_training_follows_the_seed_alone() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_layers_that_draw_follow_the_seed() -> None:
+    """Dropout draws from the global generator, which is left as it was."""
+    config = dataclasses.replace(QUICK, epochs=1)
+
+    def weights(seed: int, before: int) -> torch.Tensor:
+        net = build_model(
+            ModelConfig(name="mobilenet_v2"), num_classes=2, channels=1, image_size=8, seed=0
+        )
+        assert any(isinstance(layer, torch.nn.Dropout) for layer in net.modules())
+        torch.manual_seed(before)
+        train(net, two_classes(32, 0), SPEC, config, seed=seed, threads=2)
+        assert torch.initial_seed() == before
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    assert torch.equal(weights(1, before=1), weights(1, before=2))
+    assert not torch.equal(weights(1, before=1), weights(2, before=1))
+
+
+@pytest.fixture
+def _one_thread_an_operation() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread_an_operation")
+def test_threads_make_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, and so do those that test it."""
+    monkeypatch.setattr(ncfm.train, "PART_PIXELS", 5 * SPEC.image_size**2)
+    config = dataclasses.replace(QUICK, epochs=3, cutmix_prob=0.5, augment=AugmentConfig())
+    at_work: set[str] = set()
+
+    def trained(threads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        at_work.clear()
+        model = network()
+        model.register_forward_pre_hook(lambda *_: at_work.add(threading.current_thread().name))
+        train(model, two_classes(40, 0), SPEC, config, seed=0, threads=threads)
+        found = confusion_matrix(model, two_classes(100, 1), SPEC, threads=threads)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), found
+
+    weights, found = trained(1)
+    assert at_work == {"MainThread"}
+    for threads in (2, 3):
+        theirs, said = trained(threads)
+        assert torch.equal(theirs, weights)
+        assert torch.equal(said, found)
+        assert len(at_work) > 1
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
