@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ncfm.distill
 from ncfm.augment import AugmentConfig
 from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
@@ -339,6 +340,17 @@ class TestPrecision:
             make_state(100 + index)["conv.weight"], beta
         )
         torch.testing.assert_close(low.pool.model.state_dict()["conv.weight"], expected.bfloat16())
+
+    @pytest.mark.parametrize("compiled", [True, False])
+    @pytest.mark.parametrize("multiplies", [True, False])
+    def test_the_default_is_what_the_processor_multiplies_in_compiled_runs(
+        self, compiled: bool, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ncfm.distill, "multiplies_bfloat16", lambda device: multiplies)
+        distiller = make(config=dataclasses.replace(EVERYTHING, compile=compiled))
+        weight = distiller.pool.model.state_dict()["conv.weight"]
+        assert weight.dtype == (torch.bfloat16 if compiled and multiplies else torch.float32)
+        assert distiller.images[0].dtype == torch.float32
 
 
 class TestClipping:
