@@ -42,6 +42,7 @@ SetName = Literal[
     "whole",
 ]
 
+MOST_THREADS = 8  # of a network: batches of 128 are trained in eight parts
 CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 
 
@@ -235,7 +236,7 @@ def run_tasks(
     threads = [1] * len(waiting)
     if not workers.use_gpu:
         nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
-        threads = shares(len(waiting), workers.count, largest=int(max(nodes)))
+        threads = shares(len(waiting), workers.count, largest=min(MOST_THREADS, int(max(nodes))))
     pending: dict[Any, tuple[UPath, int]] = {}
     progress, total, todo = Progress(stage, len(waiting), unit="networks"), len(waiting), [*waiting]
     free = workers.count
@@ -255,8 +256,8 @@ def run_tasks(
 
 def shares(networks: int, cores: int, *, largest: int | None = None) -> list[int]:
     """Threads of each of some networks, in their order, so that no core waits for the last of them:
-    those that do not fill all cores come first and share them; then one a core. `largest`: cores of
-    one machine, at most.
+    those that do not fill all cores come first and share them; then one a core. `largest`: the most
+    that one can use.
     """
     odd = networks % cores
     each = min(cores // odd, largest or cores) if odd else 1
