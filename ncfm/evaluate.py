@@ -11,7 +11,7 @@ from ncfm.images import ImageSource, ImageSpec, to_unit
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from ncfm.threads import mapped
-from ncfm.train import EpochReport, TrainConfig, accuracy, train
+from ncfm.train import EpochReport, TrainConfig, train
 
 CPU_BATCH = 32  # images of a batch that a thread tests at a time
 
@@ -26,7 +26,7 @@ class Judgement:
     @property
     def accuracy(self) -> float:
         """Top-1 accuracy in [0, 1], after the last epoch."""
-        return int(self.confusion.diagonal().sum()) / int(self.confusion.sum())
+        return _accuracy(self.confusion)
 
 
 def judge(
@@ -61,7 +61,7 @@ def judge(
     def test(report: EpochReport) -> None:
         last = report.epoch + 1 == training.epochs
         if legacy_every and (report.epoch + 1) % legacy_every == 0 and not last:
-            tested.append(accuracy(network, test_on, spec, device=device))
+            tested.append(accuracy(network, test_on, spec, device=device, threads=threads))
             network.train()
 
     train(
@@ -107,6 +107,25 @@ def confusion_matrix(
             said = torch.cat(list(each(classify, images.split(part))))
             counts += torch.bincount(labels.cpu() * classes + said, minlength=classes * classes)
     return counts.view(classes, classes)
+
+
+def accuracy(
+    model: nn.Module,
+    data: ImageSource,
+    spec: ImageSpec,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
+) -> float:
+    """Top-1 accuracy in [0, 1] of a model in eval mode."""
+    return _accuracy(
+        confusion_matrix(model, data, spec, batch_size=batch_size, device=device, threads=threads)
+    )
+
+
+def _accuracy(confusion: Tensor) -> float:
+    return int(confusion.diagonal().sum()) / int(confusion.sum())
 
 
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> float | None:

@@ -142,24 +142,6 @@ def train(
     return model.eval()
 
 
-@torch.no_grad()
-def accuracy(
-    model: nn.Module,
-    data: ImageSource,
-    spec: ImageSpec,
-    *,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Top-1 accuracy in [0, 1] of a model in eval mode."""
-    model.to(device).eval()
-    correct = torch.zeros((), device=device, dtype=torch.long)
-    for images, labels in data.epoch(batch_size, None):
-        logits = model(spec.normalize(to_unit(images.to(device))))
-        correct += (logits.argmax(1) == labels.to(device)).sum()
-    return int(correct) / len(data)
-
-
 def _part_size(model: nn.Module, spec: ImageSpec, device: torch.device | str) -> int | None:
     """Images of a batch that go through the network at a time, at most; None: all.
 

@@ -13,10 +13,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 from upath import UPath
 
+from ncfm.evaluate import accuracy
 from ncfm.images import ImageSpec
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
-from ncfm.train import EpochReport, accuracy, train
+from ncfm.train import EpochReport, train
 from pipeline.config import PretrainConfig, StreamConfig
 from pipeline.progress import Progress, append_rows
 from pipeline.stage import Manifest, peak_rss_bytes, write_atomic

@@ -24,14 +24,14 @@ from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding_set, random_set
 from ncfm.curation import CurateConfig, soft_labels
 from ncfm.distill import DistillConfig, Distiller
-from ncfm.evaluate import judge
+from ncfm.evaluate import accuracy, judge
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig, ScaleMixture
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.seeding import keyed_generator, keyed_seed
 from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
-from ncfm.train import TrainConfig, accuracy, train
+from ncfm.train import TrainConfig, train
 
 GAUSSIAN = FrequencyConfig(sampler="gaussian", sigma=1.0)
 PSI = FrequencyConfig(sampler="psi", sigma=1.0)

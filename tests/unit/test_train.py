@@ -11,10 +11,10 @@ import torch
 import ncfm.train
 from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding, herding_set, random_set
-from ncfm.evaluate import confusion_matrix, judge
+from ncfm.evaluate import accuracy, confusion_matrix, judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig, build_model
-from ncfm.train import EpochReport, TrainConfig, accuracy, train
+from ncfm.train import EpochReport, TrainConfig, train
 
 SPEC = ImageSpec(channels=1, image_size=8, mean=(0.5,), std=(0.3,), class_names=("dark", "bright"))
 MODEL = ModelConfig(depth=2, width=8)
