@@ -16,6 +16,7 @@ from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
+from ncfm.hardware import can_compile
 from ncfm.images import ImageSpec
 from ncfm.seeding import keyed_generator
 
@@ -351,6 +352,16 @@ class TestPrecision:
         weight = distiller.pool.model.state_dict()["conv.weight"]
         assert weight.dtype == (torch.bfloat16 if compiled and multiplies else torch.float32)
         assert distiller.images[0].dtype == torch.float32
+
+    def test_compiled_bfloat16_is_the_same_whoever_has_the_other_classes(self) -> None:
+        if not can_compile("cpu"):
+            pytest.skip("torch.compile does not work here: it needs a C++ compiler")
+        fast = without_psi(dataclasses.replace(EVERYTHING, precision="bfloat16", compile=True))
+        whole = run(make(**fast), 4)
+        for classes in ([0, 3], [1, 2, 4]):
+            part = run(make(classes, **fast), 4)
+            for c in classes:
+                assert torch.equal(part[f"class/{c}/images"], whole[f"class/{c}/images"])
 
 
 class TestClipping:
