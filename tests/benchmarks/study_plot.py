@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from study_tables import LEFT_OUT
-
-LEFT_ASIDE = {"random", "random-1", "herding"}  # far from the others, whose differences are small
+from study_tables import LEFT_OUT, NOT_DISTILLED, points
 
 
 def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -23,8 +21,8 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
         settings = {k: v for k, v in row["settings"].items() if k not in LEFT_OUT}
         data = "Imagenette, 64 px" if settings["real_batch"] == 64 else "Fashion-MNIST"
         title = f"{data}, IPC {row['ipc']}, width {settings['width']}, {settings['steps']} steps"
-        if row["variant"] not in LEFT_ASIDE:
-            found[title][row["variant"]].append(100 * statistics.mean(row["accuracy"]))
+        if row["variant"] not in NOT_DISTILLED:  # far from the others, which differ little
+            found[title][row["variant"]].append(points(row))
     return {title: dict(variants) for title, variants in found.items() if len(variants) > 2}
 
 
