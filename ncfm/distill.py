@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig
 from ncfm.communication import Alone, Communicator, own_parts
+from ncfm.compilation import can_compile
 from ncfm.extractors import ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
-from ncfm.hardware import can_compile, multiplies_bfloat16
 from ncfm.images import ImageSpec, to_unit
 from ncfm.matching import Match, match_means
 from ncfm.memory import keep_freed_memory
@@ -97,11 +97,10 @@ class DistillConfig:
     compile: bool | None = None
     """torch.compile the extractor; a step on a CPU takes 1.1 to 1.4 times less. None: in runs of at
     least 500 steps, which win its 15 s back, and only where it works (it needs a C++ compiler)."""
-    precision: Literal["float32", "float64", "bfloat16"] | None = None
-    """Of all that is computed. `bfloat16`: the extractor alone, on hardware that multiplies it;
-    features are compared in float32, and images and psi are kept in it. None: bfloat16 in compiled
-    runs on a CPU that multiplies it (AVX512_BF16 or AMX), where a step takes 1.5 times less and
-    accuracy is the same (STUDY.md); else float32."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of all that is computed. `bfloat16`: the extractor alone; features are compared in float32,
+    and images and psi are kept in it. On a CPU that multiplies it (AVX512_BF16, AMX) a compiled
+    step takes 1.5 times less; what it does to gradients and accuracy is in STUDY.md."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "real_batch", "inner_steps", "chunk_size", "graph_images"):
@@ -158,14 +157,7 @@ class Distiller:
     ) -> None:
         self.config, self.frequencies, self.spec, self.seed = config, frequencies, spec, seed
         self.factor, self.pool, self.augment = factor, pool, Augment(augment)
-        self.device = torch.device(device)
-        self.compiled = (
-            config.num_steps >= COMPILE_FROM and can_compile(self.device.type)
-            if config.compile is None
-            else config.compile
-        )
-        fast = self.compiled and multiplies_bfloat16(self.device)
-        precision = getattr(torch, config.precision or ("bfloat16" if fast else "float32"))
+        self.device, precision = torch.device(device), getattr(torch, config.precision)
         self.dtype = torch.promote_types(precision, torch.float32)
         self.num_classes, self.step = num_classes or len(images), 0
         self.communicator = communicator or Alone()
@@ -178,6 +170,11 @@ class Distiller:
         keep_freed_memory()
         self.chunk_size = config.chunk_size or default_chunk(spec.image_size, self.device)
         self.graph_images = config.graph_images or default_graph_images(spec.image_size)
+        self.compiled = (
+            config.num_steps >= COMPILE_FROM and can_compile(self.device.type)
+            if config.compile is None
+            else config.compile
+        )
 
         def body(images: Tensor) -> Tensor:
             return pool.model.features(images.to(precision)).to(self.dtype)

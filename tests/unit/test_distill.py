@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ncfm.distill
 from ncfm.augment import AugmentConfig
+from ncfm.compilation import can_compile
 from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
-from ncfm.hardware import can_compile
 from ncfm.images import ImageSpec
 from ncfm.seeding import keyed_generator
 
@@ -341,17 +340,6 @@ class TestPrecision:
             make_state(100 + index)["conv.weight"], beta
         )
         torch.testing.assert_close(low.pool.model.state_dict()["conv.weight"], expected.bfloat16())
-
-    @pytest.mark.parametrize("compiled", [True, False])
-    @pytest.mark.parametrize("multiplies", [True, False])
-    def test_the_default_is_what_the_processor_multiplies_in_compiled_runs(
-        self, compiled: bool, multiplies: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(ncfm.distill, "multiplies_bfloat16", lambda device: multiplies)
-        distiller = make(config=dataclasses.replace(EVERYTHING, compile=compiled))
-        weight = distiller.pool.model.state_dict()["conv.weight"]
-        assert weight.dtype == (torch.bfloat16 if compiled and multiplies else torch.float32)
-        assert distiller.images[0].dtype == torch.float32
 
     def test_compiled_bfloat16_is_the_same_whoever_has_the_other_classes(self) -> None:
         if not can_compile("cpu"):

@@ -1,4 +1,4 @@
-"""What is at hand here: a compiler, a processor that multiplies bfloat16."""
+"""Whether torch.compile works here, found out by trying."""
 
 import functools
 import logging
@@ -21,9 +21,3 @@ def can_compile(device_type: str) -> bool:
         logger.warning("torch.compile does not work here, going on without: %s", reason)
         return False
     return True
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether this is a CPU with instructions for products in bfloat16: AVX512_BF16 or AMX."""
-    found = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
