@@ -19,7 +19,7 @@ from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
 from ncfm.threads import mapped
 
-PART_PIXELS = 3 * 2**13  # 24 images at 32 px; at width 128 no activation exceeds 13 MiB
+PART_PIXELS = 2**15  # 32 images at 32 px; at width 128 no activation exceeds 16 MiB
 
 Gradients = tuple[Tensor | None, ...]
 

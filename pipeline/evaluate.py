@@ -42,7 +42,7 @@ SetName = Literal[
     "whole",
 ]
 
-MOST_THREADS = 8  # of a network: batches of 128 are trained in eight parts
+MOST_THREADS = 4  # of a network: batches of 128 are trained in four parts
 CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 
 
