@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib
 from study_tables import LEFT_OUT, NOT_DISTILLED, points
 
+FAR = NOT_DISTILLED | {"psi-plain"}  # from the others, which differ little
+
 
 def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """title -> variant -> accuracy (%) of each seed; settings with at least three variants."""
@@ -21,7 +23,7 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
         settings = {k: v for k, v in row["settings"].items() if k not in LEFT_OUT}
         data = "Imagenette, 64 px" if settings["real_batch"] == 64 else "Fashion-MNIST"
         title = f"{data}, IPC {row['ipc']}, width {settings['width']}, {settings['steps']} steps"
-        if row["variant"] not in NOT_DISTILLED:  # far from the others, which differ little
+        if row["variant"] not in FAR:
             found[title][row["variant"]].append(points(row))
     return {title: dict(variants) for title, variants in found.items() if len(variants) > 2}
 
