@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from study_tables import LEFT_OUT, NOT_DISTILLED, points
-
-FAR = NOT_DISTILLED | {"psi-plain"}  # from the others, which differ little
+from study_tables import FAR, LEFT_OUT, points
 
 
 def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

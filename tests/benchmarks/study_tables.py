@@ -19,7 +19,7 @@ from typing import Any
 LEFT_OUT = {"compile", "chunk", "precision"}  # how a row was computed, not what
 
 
-NOT_DISTILLED = {"random", "random-1", "herding"}  # they scatter more
+FAR = {"random", "random-1", "herding", "psi-plain"}  # from the others; they scatter otherwise
 
 
 def standard_error(values: list[float]) -> float:
@@ -43,8 +43,8 @@ def paired(rows: list[dict[str, Any]], against: str) -> dict[str, list[float]]:
 
 
 def pooled(differences: dict[str, list[float]]) -> float:
-    """Standard deviation of a seed's difference, of all distilled variants; NaN without any."""
-    several = [v for name, v in differences.items() if len(v) > 1 and name not in NOT_DISTILLED]
+    """Standard deviation of a seed's difference, over all variants but the far; NaN without any."""
+    several = [v for name, v in differences.items() if len(v) > 1 and name not in FAR]
     freedom = sum(len(values) - 1 for values in several)
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
     return math.sqrt(squares / freedom) if freedom else math.nan
@@ -65,7 +65,7 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
     for name in sorted(means, key=lambda name: -means[name]):
         seeds, difference = found[name], ""
         if both := differences.get(name):
-            own = name in NOT_DISTILLED
+            own = name in FAR
             error = standard_error(both) if own else scatter / math.sqrt(len(both))
             difference = f"{statistics.mean(both):+.2f} ± {error:.2f}"
         timed = [row["step_cpu_s"] for row in seeds if "step_cpu_s" in row]
