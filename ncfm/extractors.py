@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ncfm.models import Classifier
+from ncfm.winograd import WinogradConv2d, replace_convolutions
 
 State = Mapping[str, Tensor]
 
@@ -36,6 +37,7 @@ class ExtractorPool:
         self._trained = torch.stack([self._flatten(trained) for _, trained in states]).to(device)
         self._flat = self._initial[0].clone()
         self._point_into(self._flat)
+        self._winograd: list[WinogradConv2d] = []
 
     def __len__(self) -> int:
         return len(self._initial)
@@ -61,11 +63,19 @@ class ExtractorPool:
         self._flat = self._flat.to(dtype)
         self._point_into(self._flat)
 
+    def use_winograd(self) -> None:
+        """Replace the model's 3x3 convolutions by those of `ncfm.winograd`, for a model that is to
+        be compiled.
+        """
+        self._winograd += replace_convolutions(self.model)
+
     def blend(self, index: int, beta: float) -> Classifier:
         """The model with the weights lerp(initial, trained, beta) of one member, buffers blended
         too.
         """
         self._flat.copy_(torch.lerp(self._initial[index], self._trained[index], beta))
+        for convolution in self._winograd:
+            convolution.refresh()
         return self.model
 
     def draw(
