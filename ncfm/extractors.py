@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ncfm.convolutions import WinogradConv2d, replace_convolutions
 from ncfm.models import Classifier
-from ncfm.winograd import WinogradConv2d, replace_convolutions
 
 State = Mapping[str, Tensor]
 
@@ -63,8 +63,8 @@ class ExtractorPool:
         self._flat = self._flat.to(dtype)
         self._point_into(self._flat)
 
-    def use_winograd(self) -> None:
-        """Replace the model's 3x3 convolutions by those of `ncfm.winograd`, for a model that is to
+    def freeze_convolutions(self) -> None:
+        """Replace the model's convolutions by those of `ncfm.convolutions`, for a model that is to
         be compiled.
         """
         self._winograd += replace_convolutions(self.model)

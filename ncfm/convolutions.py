@@ -1,9 +1,11 @@
-"""3x3 convolutions with a quarter of the multiplications, for networks whose weights are frozen.
+"""Convolutions of networks whose weights are frozen, for torch.compile on a CPU.
 
-Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section 4.3): a tile of 4x4 outputs
-comes from one of 6x6 inputs, transformed, by 36 products over the channels where the definition
-has 144. The transforms are sums that torch.compile makes quick kernels of; without it they cost
-more than they save. Suffixes: N images, C channels in, O out, T tiles of all images.
+Wide ones: Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section 4.3). A tile of 4x4
+outputs comes from one of 6x6 inputs, transformed, by 36 products over the channels where the
+definition has 144. The transforms are sums that torch.compile makes quick kernels of; without it
+they cost more than they save. Those of images: the way back to the pixels is a matrix product and
+a sum, since libraries compute its one or three channels as if they were sixteen. Suffixes: N
+images, C channels in, O out, T tiles of all images.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 TILE = 4  # outputs along a side; inputs are two more
 NARROWEST = 64  # channels; with fewer, the transforms cost what the products save
+PIXEL_CHANNELS = 4  # an image's, at most
 
 Matrix = Sequence[Sequence[float]]
 OF_INPUT: Matrix = (
@@ -87,8 +90,8 @@ class _Convolution(torch.autograd.Function):
 
 
 class WinogradConv2d(nn.Module):
-    """Takes the place of a frozen nn.Conv2d that `fits`, whose parameters it has. Once they change,
-    `refresh` it.
+    """Takes the place of a frozen nn.Conv2d, 3x3, padded by 1, whose parameters it has. Once they
+    change, `refresh` it.
     """
 
     kernels: Tensor
@@ -117,25 +120,87 @@ class WinogradConv2d(nn.Module):
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
-def fits(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a 3x3 convolution from maps to maps of their size, and wide enough to gain."""
+class _OfPixels(torch.autograd.Function):
+    """Towards the images only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding, ctx.size = padding, x.shape[-2:]
+        return F.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return spread(slope, weight, ctx.padding, ctx.size), None, None, None
+
+
+def spread(slope: Tensor, weight: Tensor, padding: int, size: Sequence[int]) -> Tensor:
+    """The gradient of a convolution, of stride 1, w.r.t. its input, of that size (H, W):
+    slope (N, O, ...), weight (O, C, k, k) -> (N, C, H, W).
+    """
+    n, outputs, rows, columns = slope.shape
+    _, channels, k, _ = weight.shape
+    flat = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
+    even = F.pad(flat, (0, -flat.shape[1] % 16))  # of whole vectors, which products are quick for
+    shares = slope.permute(0, 2, 3, 1).reshape(-1, outputs) @ even
+    border = max(0, k - 1 - padding)
+    shares = F.pad(shares.view(n, rows, columns, -1), (0, 0, *[border] * 4))
+    height, width = size
+    total = slope.new_zeros(())
+    for i in range(k):
+        for j in range(k):
+            top, left, first = padding + border - i, padding + border - j, (i * k + j) * channels
+            part = shares[:, top : top + height, left : left + width]
+            total = total + part[..., first : first + channels]
+    return total.permute(0, 3, 1, 2)
+
+
+class PixelConv2d(nn.Module):
+    """Takes the place of a frozen nn.Conv2d of images, whose parameters it has."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.padding = int(conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H + 2 padding - k + 1, ...)."""
+        y: Tensor = _OfPixels.apply(x, self.weight, self.bias, self.padding)
+        return y
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution of a square kernel whose stride and groups are 1."""
     return (
         isinstance(module, nn.Conv2d)
-        and module.kernel_size == (3, 3)
+        and module.kernel_size[0] == module.kernel_size[1]
         and module.stride == module.dilation == (1, 1)
-        and module.padding == (1, 1)
+        and module.padding in {(p, p) for p in range(module.kernel_size[0] + 1)}
         and module.padding_mode == "zeros"
         and module.groups == 1
-        and min(module.in_channels, module.out_channels) >= NARROWEST
     )
 
 
+def frozen(module: nn.Module) -> WinogradConv2d | PixelConv2d | None:
+    """What takes its place, None if nothing does."""
+    if not _is_plain(module):
+        return None
+    narrowest = min(module.in_channels, module.out_channels)
+    if module.kernel_size == (3, 3) and module.padding == (1, 1) and narrowest >= NARROWEST:
+        return WinogradConv2d(module)
+    return PixelConv2d(module) if module.in_channels <= PIXEL_CHANNELS else None
+
+
 def replace_convolutions(model: nn.Module) -> list[WinogradConv2d]:
-    """Replace those of a frozen network that fit, and return their replacements."""
+    """Replace those of a frozen network that can be, and return what is to be refreshed."""
     replaced = []
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if fits(child):
-                replaced.append(WinogradConv2d(child))
-                setattr(parent, name, replaced[-1])
+            replacement = frozen(child)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+            if isinstance(replacement, WinogradConv2d):
+                replaced.append(replacement)
     return replaced

@@ -4,12 +4,12 @@ from torch import nn
 
 from ncfm.augment import AugmentConfig
 from ncfm.compilation import can_compile
+from ncfm.convolutions import PixelConv2d, WinogradConv2d, frozen, replace_convolutions
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec
 from ncfm.models import Classifier, ModelConfig, build_model
-from ncfm.winograd import WinogradConv2d, fits, replace_convolutions
 
 SHAPES = [(2, 64, 96, 8, 12), (1, 64, 64, 4, 4), (3, 96, 64, 16, 16)]  # N, in, out, H, W
 
@@ -24,7 +24,7 @@ def results(
     return y.detach(), gradient
 
 
-def frozen(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+def plain(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias).double().requires_grad_(False)
 
 
@@ -32,7 +32,7 @@ def frozen(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_convolution_both_ways(shape: tuple[int, ...], bias: bool) -> None:
     n, inputs, outputs, height, width = shape
-    conv = frozen(inputs, outputs, bias=bias)
+    conv = plain(inputs, outputs, bias=bias)
     x = torch.randn(n, inputs, height, width, dtype=torch.float64)
     slope = torch.randn(n, outputs, height, width, dtype=torch.float64)
     for ours, theirs in zip(
@@ -42,7 +42,7 @@ def test_is_the_convolution_both_ways(shape: tuple[int, ...], bias: bool) -> Non
 
 
 def test_float32_rounds_to_six_digits() -> None:
-    conv = frozen(128, 128)
+    conv = plain(128, 128)
     x, slope = torch.randn(2, 2, 128, 16, 16, dtype=torch.float64)
     exact = results(conv, x, slope)
     rounded = results(WinogradConv2d(conv.float()), x.float(), slope.float())
@@ -51,7 +51,7 @@ def test_float32_rounds_to_six_digits() -> None:
 
 
 def test_maps_that_no_tiles_cover_go_the_plain_way() -> None:
-    conv = frozen(64, 64)
+    conv = plain(64, 64)
     x, slope = torch.randn(2, 1, 64, 6, 8, dtype=torch.float64)
     for ours, theirs in zip(
         results(WinogradConv2d(conv), x, slope), results(conv, x, slope), strict=True
@@ -59,10 +59,25 @@ def test_maps_that_no_tiles_cover_go_the_plain_way() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (3, 3), (3, 5)])
+def test_images_get_the_same_gradient(channels: int, kernel: int, padding: int) -> None:
+    conv = nn.Conv2d(channels, 8, kernel, padding=padding).double().requires_grad_(False)
+    replacement = frozen(conv)
+    assert isinstance(replacement, PixelConv2d)
+    x = torch.randn(2, channels, 9, 12, dtype=torch.float64)
+    slope = torch.randn_like(conv(x))
+    for ours, theirs in zip(results(replacement, x, slope), results(conv, x, slope), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "module",
     [
-        nn.Conv2d(3, 128, 3, padding=1),
+        nn.Conv2d(3, 128, 3, padding=1, stride=2),
+        nn.Conv2d(3, 128, 3, padding="same"),
+        nn.Conv2d(3, 128, (3, 5)),
+        nn.Conv2d(16, 128, 3, padding=1),
         nn.Conv2d(64, 64, 3),
         nn.Conv2d(64, 64, 3, padding=1, stride=2),
         nn.Conv2d(64, 64, 3, padding=2, dilation=2),
@@ -73,7 +88,7 @@ def test_maps_that_no_tiles_cover_go_the_plain_way() -> None:
     ],
 )
 def test_others_are_left_alone(module: nn.Module) -> None:
-    assert not fits(module)
+    assert frozen(module) is None
     assert replace_convolutions(nn.Sequential(module)) == []
 
 
@@ -88,16 +103,16 @@ def pool() -> ExtractorPool:
 
 
 def test_a_pool_blends_the_kernels_too() -> None:
-    plain, quick = pool(), pool()
+    usual, quick = pool(), pool()
     names = list(quick.model.state_dict())
-    quick.use_winograd()
+    quick.freeze_convolutions()
     assert sum(isinstance(m, WinogradConv2d) for m in quick.model.modules()) == 1
     assert list(quick.model.state_dict()) == names
     images = torch.rand(2, 3, 16, 16)
     for member, beta in ((0, 0.25), (1, 0.75)):
         torch.testing.assert_close(
             quick.blend(member, beta).features(images),
-            plain.blend(member, beta).features(images),
+            usual.blend(member, beta).features(images),
             rtol=1e-4,
             atol=1e-5,
         )
