@@ -356,7 +356,7 @@ class Distiller:
         total, start = torch.zeros((), device=self.device, dtype=self.dtype), 0
         for inputs in self._synthetic_inputs(stored, slice(None), prepare):
             end = start + sum(map(len, inputs))
-            features = torch.cat([self._raw_features(images) for images in inputs])
+            features = torch.cat([self._features(images) for images in inputs])
             logits = model.classifier(features.to(model.classifier.weight.dtype)).to(self.dtype)
             entropy = F.cross_entropy(logits, labels[start:end], reduction="none")
             loss = (entropy * weights[start:end]).sum()
@@ -373,9 +373,9 @@ class Distiller:
         features = [none]
         for images, group in _chunks(batches, part, PREPARED_CHUNKS * self.chunk_size):
             inputs = prepare(to_unit(images.to(self.device)).to(self.dtype), group)
-            features += [self._extract(chunk) for chunk in inputs.split(self.chunk_size)]
+            features += [self._features(chunk) for chunk in inputs.split(self.chunk_size)]
         counts = [len(batch) for batch in batches[part]]
-        return list(torch.cat(features).split(counts))
+        return list(self._compared(torch.cat(features)).split(counts))
 
     def _synthetic_inputs(
         self, stored: list[Tensor], part: slice, prepare: Prepare
@@ -399,30 +399,32 @@ class Distiller:
         keep_graph = sum(counts) <= self.graph_images
         with torch.set_grad_enabled(keep_graph):
             found = [
-                self._extract(images)
+                self._features(images)
                 for inputs in self._synthetic_inputs(stored, part, prepare)
                 for images in inputs
             ]
+        features = torch.cat([chunk.detach() for chunk in found]).requires_grad_()
+        compared = self._compared(features)
 
         def backward(gradients: list[Tensor]) -> None:
             slopes = torch.cat(gradients).mul_(self.config.loss_weight)
+            (slopes,) = torch.autograd.grad(compared, features, slopes)
             pieces = list(slopes.split([len(chunk) for chunk in found]))
             if keep_graph:
                 torch.autograd.backward(found, pieces)
                 return
             for inputs in self._synthetic_inputs(stored, part, prepare):
-                again = [self._extract(images) for images in inputs]
+                again = [self._features(images) for images in inputs]
                 torch.autograd.backward(again, pieces[: len(again)])
                 del pieces[: len(again)]
 
-        return list(torch.cat([chunk.detach() for chunk in found]).split(counts)), backward
+        return list(compared.detach().split(counts)), backward
 
-    def _extract(self, images: Tensor) -> Tensor:
-        """What is compared: features (N, D)."""
-        features = self._raw_features(images)
+    def _compared(self, features: Tensor) -> Tensor:
+        """What is compared of features (N, D)."""
         return F.normalize(features, dim=-1) if self.config.normalize_features else features
 
-    def _raw_features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor) -> Tensor:
         """Features (N, D) of a chunk; compiled code sees whole ones only: fewer images are padded,
         then cut.
         """

@@ -55,11 +55,13 @@ class Weighted(Distiller):
     def _frequencies(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = torch.stack(
             [
-                torch.cat(
-                    [
-                        self._extract(self.spec.normalize(chunk.float() / 255))
-                        for chunk in images.split(self.chunk_size)
-                    ]
+                self._compared(
+                    torch.cat(
+                        [
+                            self._features(self.spec.normalize(chunk.float() / 255))
+                            for chunk in images.split(self.chunk_size)
+                        ]
+                    )
                 )
                 for images in self.probe.values()
             ]
