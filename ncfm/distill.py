@@ -95,12 +95,13 @@ class DistillConfig:
     features are computed again, so that memory does not grow with their number. None: 512 at 32 px,
     32 at 128."""
     compile: bool | None = None
-    """torch.compile the extractor; a step on a CPU takes 1.1 to 1.4 times less. None: in runs of at
-    least 500 steps, which win its 15 s back, and only where it works (it needs a C++ compiler)."""
+    """torch.compile the extractor; a step on a CPU takes 1.2 to 1.7 times less. None: in runs of at
+    least 500 steps, which win its half a minute back, and only where it works (it needs a C++
+    compiler)."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of all that is computed. `bfloat16`: the extractor alone; features are compared in float32,
     and images and psi are kept in it. On a CPU that multiplies it (AVX512_BF16, AMX) a compiled
-    step takes 1.5 times less; what it does to gradients and accuracy is in STUDY.md."""
+    step takes up to 1.5 times less; what it does to gradients and accuracy is in STUDY.md."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "real_batch", "inner_steps", "chunk_size", "graph_images"):

@@ -56,19 +56,14 @@ class AveragePool(nn.Module):
         """See the class."""
         if x.device.type != "cpu":
             return F.avg_pool2d(x, 2)
-        if torch.compiler.is_compiling():  # which fuses it
-            if torch.is_grad_enabled() or x.shape[2] % 2 or x.shape[3] % 2:
-                return F.avg_pool2d(x, 2)
-            return _mean_of_four(x)  # fused with the ReLU before it, too: its maps are not written
+        even = x.shape[2] % 2 == x.shape[3] % 2 == 0
+        if torch.compiler.is_compiling() and even:  # fused with what is before, either way
+            n, c, height, width = x.shape
+            return x.view(n, c, height // 2, 2, width // 2, 2).mean((3, 5))
         if not self.side or x.shape[-2:] != (self.side, self.side):
             return F.avg_pool2d(x, 2)
         pooled: Tensor = _Pool.apply(x, self.rows.to(x.dtype))
         return pooled
-
-
-def _mean_of_four(x: Tensor) -> Tensor:
-    n, c, height, width = x.shape
-    return x.view(n, c, height // 2, 2, width // 2, 2).mean((3, 5))
 
 
 class _Pool(torch.autograd.Function):
