@@ -137,6 +137,7 @@ class Loop:
         if state is None:
             self._save()  # step 0: the initial images
             self.writer.wait()
+            self.collectives.gather(None)  # rank 0's: it exists before anyone goes on
         else:
             self.distiller.load_state_dict(state)
 

@@ -160,7 +160,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_non_finite_loss_is_not_tried_again(runs: Runs) -> None:
-    with pytest.raises(StageError, match=r"step 0: the loss of class .* is no checkpoint yet"):
+    with pytest.raises(StageError, match=r"step 0: the loss of class .* is .*step-00000000"):
         runs.finish("infinite", "--num_workers", "2", "--frequencies.sigma", "1e39")
 
 
