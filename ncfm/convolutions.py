@@ -172,12 +172,14 @@ class PixelConv2d(nn.Module):
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a convolution of a square kernel whose stride and groups are 1."""
+    """Whether it is a convolution of a square kernel, with zeros as many on all sides, whose stride
+    and groups are 1.
+    """
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size[0] == module.kernel_size[1]
         and module.stride == module.dilation == (1, 1)
-        and module.padding in {(p, p) for p in range(module.kernel_size[0] + 1)}
+        and module.padding == (module.padding[0], module.padding[0])
         and module.padding_mode == "zeros"
         and module.groups == 1
     )
