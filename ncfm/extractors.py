@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ncfm.convolutions import WinogradConv2d, replace_convolutions
+from ncfm.kernels import FrozenConvNet, freeze
 from ncfm.models import Classifier
 
 State = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class ExtractorPool:
         self._trained = torch.stack([self._flatten(trained) for _, trained in states]).to(device)
         self._flat = self._initial[0].clone()
         self._point_into(self._flat)
-        self._winograd: list[WinogradConv2d] = []
+        self._frozen: FrozenConvNet | None = None
 
     def __len__(self) -> int:
         return len(self._initial)
@@ -63,19 +63,20 @@ class ExtractorPool:
         self._flat = self._flat.to(dtype)
         self._point_into(self._flat)
 
-    def freeze_convolutions(self) -> None:
-        """Replace the model's convolutions by those of `ncfm.convolutions`, for a model that is to
-        be compiled.
+    def freeze(self) -> FrozenConvNet | None:
+        """The model's features by kernels of our own, which follow every blend; None where there
+        are none for it.
         """
-        self._winograd += replace_convolutions(self.model)
+        self._frozen = freeze(self.model)
+        return self._frozen
 
     def blend(self, index: int, beta: float) -> Classifier:
         """The model with the weights lerp(initial, trained, beta) of one member, buffers blended
         too.
         """
         self._flat.copy_(torch.lerp(self._initial[index], self._trained[index], beta))
-        for convolution in self._winograd:
-            convolution.refresh()
+        if self._frozen is not None:
+            self._frozen.refresh()
         return self.model
 
     def draw(

@@ -1,0 +1,416 @@
+// Blocks of a ConvNet whose weights are frozen, on a CPU: 3x3 convolution, instance norm, ReLU and
+// 2x2 average pooling, forward and back to the input. What a block computes on the way stays in a
+// core's cache, and an image's numbers depend on it alone, not on the others or on the threads.
+//
+// Convolutions of maps are Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section
+// 4.3): a tile of 4x4 outputs comes from one of 6x6 inputs, transformed, by 36 products over the
+// channels where the definition has 144. Those of images are products with the neighbourhoods of
+// pixels. Convolutions need no bias: the norm subtracts it.
+//
+// All is float32 and in panels of 16 columns. Maps: (channels / 16, height, width, 16) for each
+// image. A matrix on the right of a product: (columns / 16, rows, 16). Images are channels-last.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace {
+
+using Index = std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, ROWS = 8, PANELS = 2;  // of 32 registers, 16 hold sums
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, ROWS = 6, PANELS = 1;  // 12 of 16
+#else
+constexpr int WIDTH = 4, ROWS = 6, PANELS = 1;  // 24 of NEON's 32
+#endif
+constexpr int PANEL = 16, PIECES = PANEL / WIDTH;
+constexpr Index TILES = 16;  // transformed together
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
+
+struct Array {
+    explicit Array(Index size)
+        : data(static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64)), std::free) {}
+    operator float*() const { return data.get(); }
+    std::unique_ptr<float, decltype(&std::free)> data;
+};
+
+// ---------------------------------------------------------------- products
+
+// A matrix on the left: rows `stride` apart, each of `parts` parts, `length` long, `apart` apart.
+struct Left {
+    const float* data;
+    Index stride, parts, length, apart;
+};
+
+// c, panels `apart` apart, = or += `R` rows times `P` panels. Sums stay in registers, each from the
+// first of its terms to the last, so that no number depends on what is computed beside it.
+template <int R, int P>
+void multiply(const Left& a, const float* panels, float* c, Index apart, bool add) {
+    constexpr int COLUMNS = P * PIECES;
+    const Index depth = a.parts * a.length;
+    Vector sums[R][COLUMNS] = {};
+    if (add)
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < COLUMNS; v++)
+                sums[r][v] = load(c + v / PIECES * apart + r * PANEL + v % PIECES * WIDTH);
+    for (Index part = 0; part < a.parts; part++)
+        for (Index k = 0; k < a.length; k++) {
+            const float* column = a.data + part * a.apart + k;
+            const float* row = panels + (part * a.length + k) * PANEL;
+            Vector right[COLUMNS];
+#pragma GCC unroll 4
+            for (int v = 0; v < COLUMNS; v++)
+                right[v] = load(row + v / PIECES * depth * PANEL + v % PIECES * WIDTH);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < COLUMNS; v++) sums[r][v] += column[r * a.stride] * right[v];
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < COLUMNS; v++)
+            store(c + v / PIECES * apart + r * PANEL + v % PIECES * WIDTH, sums[r][v]);
+}
+
+template <int R, int P>
+void multiply_rows(Left a, Index rows, const float* panels, float* c, Index apart, bool add) {
+    for (; rows >= R; rows -= R, a.data += R * a.stride, c += R * PANEL)
+        multiply<R, P>(a, panels, c, apart, add);
+    if constexpr (R > 1)
+        if (rows) multiply_rows<R / 2, P>(a, rows, panels, c, apart, add);
+}
+
+// c (columns / 16, `apart` / 16, 16), of which it fills the first rows, = or += a times a matrix.
+void product(const Left& a, Index rows, const float* panels, Index columns, float* c, Index apart,
+             bool add = false) {
+    const Index step = a.parts * a.length * PANEL;
+    Index left = columns / PANEL;
+    for (; left >= PANELS; left -= PANELS, panels += PANELS * step, c += PANELS * apart)
+        multiply_rows<ROWS, PANELS>(a, rows, panels, c, apart, add);
+    for (; left; left--, panels += step, c += apart)
+        multiply_rows<ROWS, 1>(a, rows, panels, c, apart, add);
+}
+
+// ---------------------------------------------------------------- convolutions of maps
+
+struct Maps {
+    Index images, channels, height, width;
+    Index panel() const { return height * width * PANEL; }
+    Index image() const { return channels / PANEL * panel(); }
+};
+
+// The transform of inputs, of one row or column of six.
+inline void spread(const Vector* x, Vector* y, int step) {
+    const Vector a = x[4 * step] - 4 * x[2 * step], b = x[3 * step] - 4 * x[step];
+    const Vector c = x[4 * step] - x[2 * step], d = 2 * (x[3 * step] - x[step]);
+    y[0] = 4 * x[0] - 5 * x[2 * step] + x[4 * step];
+    y[step] = a + b;
+    y[2 * step] = a - b;
+    y[3 * step] = c + d;
+    y[4 * step] = c - d;
+    y[5 * step] = 4 * x[step] - 5 * x[3 * step] + x[5 * step];
+}
+
+// The transform of outputs, of six products to four.
+inline void gather(const Vector* x, Vector* y, int step) {
+    const Vector a = x[step] + x[2 * step], b = x[step] - x[2 * step];
+    const Vector c = x[3 * step] + x[4 * step], d = x[3 * step] - x[4 * step];
+    y[0] = x[0] + a + c;
+    y[step] = b + 2 * d;
+    y[2 * step] = a + 4 * c;
+    y[3 * step] = b + 8 * d + x[5 * step];
+}
+
+Index winograd_space(Index inputs, Index outputs) { return 36 * TILES * (inputs + outputs); }
+
+// y, of so many channels = the convolution, padded by 1, of x with kernels: 36 matrices of panels.
+void winograd(const float* x, const Maps& in, const float* kernels, float* y, Index outputs,
+              float* space) {
+    const Maps out{in.images, outputs, in.height, in.width};
+    const Index down = (in.height + 3) / 4, across = (in.width + 3) / 4;
+    const Index all = in.images * down * across;
+    float *inputs = space, *products = space + 36 * TILES * in.channels;
+    for (Index first = 0; first < all; first += TILES) {
+        const Index count = std::min(TILES, all - first);
+        for (Index t = 0; t < count; t++) {
+            const Index tile = first + t, image = tile / (down * across);
+            const Index top = tile / across % down * 4 - 1, left = tile % across * 4 - 1;
+            for (Index c = 0; c < in.channels; c += WIDTH) {
+                const float* from = x + image * in.image() + c / PANEL * in.panel() + c % PANEL;
+                Vector v[36], w[36];
+                for (Index i = 0; i < 6; i++)
+                    for (Index j = 0; j < 6; j++) {
+                        const Index row = top + i, column = left + j;
+                        const bool inside =
+                            row >= 0 && row < in.height && column >= 0 && column < in.width;
+                        v[6 * i + j] =
+                            inside ? load(from + (row * in.width + column) * PANEL) : Vector{};
+                    }
+                for (int j = 0; j < 6; j++) spread(v + j, w + j, 6);
+                for (int i = 0; i < 6; i++) spread(w + 6 * i, v + 6 * i, 1);
+                for (Index p = 0; p < 36; p++)
+                    store(inputs + (p * count + t) * in.channels + c, v[p]);
+            }
+        }
+        for (Index p = 0; p < 36; p++)
+            product({inputs + p * count * in.channels, in.channels, 1, in.channels, 0}, count,
+                    kernels + p * in.channels * outputs, outputs, products + p * count * outputs,
+                    count * PANEL);
+        for (Index t = 0; t < count; t++) {
+            const Index tile = first + t, image = tile / (down * across);
+            const Index top = tile / across % down * 4, left = tile % across * 4;
+            const Index rows = std::min<Index>(4, in.height - top);
+            const Index columns = std::min<Index>(4, in.width - left);
+            for (Index c = 0; c < outputs; c += WIDTH) {
+                const float* from = products + (c / PANEL * count + t) * PANEL + c % PANEL;
+                float* to = y + image * out.image() + c / PANEL * out.panel() + c % PANEL;
+                Vector v[36], w[36];
+                for (Index p = 0; p < 36; p++) v[p] = load(from + p * count * outputs);
+                for (int j = 0; j < 6; j++) gather(v + j, w + j, 6);
+                for (int i = 0; i < 4; i++) gather(w + 6 * i, v + 6 * i, 1);
+                for (Index i = 0; i < rows; i++)
+                    for (Index j = 0; j < columns; j++)
+                        store(to + ((top + i) * in.width + left + j) * PANEL, v[6 * i + j]);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- convolutions of images
+
+// The padded pixels of an image whose maps are (height, width).
+struct Frame {
+    Index channels, height, width, padding;
+    Index row() const { return (width + 2) * channels; }
+    Index size() const { return ((height + 2) * row() + PANEL - 1) / PANEL * PANEL; }
+    Index image_rows() const { return height + 2 - 2 * padding; }
+    Index image_row() const { return row() - 2 * padding * channels; }
+    Index image() const { return image_rows() * image_row(); }
+    Index at(Index i) const { return (i + padding) * row() + padding * channels; }
+
+    void fill(float* frame, const float* image) const {
+        std::fill_n(frame, size(), 0.0f);
+        for (Index i = 0; i < image_rows(); i++)
+            std::copy_n(image + i * image_row(), image_row(), frame + at(i));
+    }
+    void cut(const float* frame, float* image) const {
+        for (Index i = 0; i < image_rows(); i++)
+            std::copy_n(frame + at(i), image_row(), image + i * image_row());
+    }
+};
+
+// Maps of some panels = the convolution with a matrix (9 channels, columns).
+void convolve(const float* frame, const Frame& f, const float* panels, Index columns, float* maps) {
+    for (Index i = 0; i < f.height; i++)
+        product({frame + i * f.row(), f.channels, 3, 3 * f.channels, f.row()}, f.width, panels,
+                columns, maps + i * f.width * PANEL, f.height * f.width * PANEL);
+}
+
+// The way back: every pixel's share of the maps' slopes, (columns / 16, height, width, 16), of which
+// the first 9 channels count, added to the pixels that the maps' pixel comes from.
+void put_back(const float* shares, const Frame& f, float* frame) {
+    const Index panel = f.height * f.width * PANEL;
+    std::fill_n(frame, f.size(), 0.0f);
+    for (Index i = 0; i < f.height; i++)
+        for (Index j = 0; j < f.width; j++)
+            for (Index k = 0, column = 0; k < 3; k++) {
+                float* to = frame + (i + k) * f.row() + j * f.channels;
+                const float* from = shares + (i * f.width + j) * PANEL;
+                for (Index c = 0; c < 3 * f.channels; c++, column++)
+                    to[c] += from[column / PANEL * panel + column % PANEL];
+            }
+}
+
+// ---------------------------------------------------------------- norm, ReLU, pooling
+
+struct Norm {
+    const float *scale, *shift;  // (channels)
+    float epsilon;
+};
+
+// The mean of what a function gives of each pixel, row by row.
+template <class Function>
+Vector mean_of(Index height, Index width, Function of_pixel) {
+    Vector total = {};
+    for (Index i = 0; i < height; i++) {
+        Vector even = {}, odd = {};
+        Index j = 0;
+        for (; j + 1 < width; j += 2) {
+            even += of_pixel(i, j);
+            odd += of_pixel(i, j + 1);
+        }
+        if (j < width) even += of_pixel(i, j);
+        total += even + odd;
+    }
+    return total / static_cast<float>(height * width);
+}
+
+// pooled (height / 2, width / 2, 16) of a panel of maps, and its statistics (2, 16), mean and the
+// inverse of the standard deviation, for the way back.
+void activate(const float* maps, Index height, Index width, const Norm& norm, Index channel,
+              float* pooled, float* statistics) {
+    for (int c = 0; c < PANEL; c += WIDTH) {
+        const auto pixel = [=](Index i, Index j) {
+            return load(maps + (i * width + j) * PANEL + c);
+        };
+        const Vector mean = mean_of(height, width, pixel);
+        Vector rate = mean_of(height, width, [=](Index i, Index j) {
+            const Vector x = pixel(i, j) - mean;
+            return x * x;
+        });
+        for (int lane = 0; lane < WIDTH; lane++) rate[lane] = 1 / std::sqrt(rate[lane] + norm.epsilon);
+        store(statistics + c, mean);
+        store(statistics + PANEL + c, rate);
+        const Vector scale = rate * load(norm.scale + channel + c);
+        const Vector shift = load(norm.shift + channel + c);
+        const auto active = [=](Index i, Index j) {
+            const Vector x = (pixel(i, j) - mean) * scale + shift;
+            return x < 0 ? Vector{} : x;  // NaN stays
+        };
+        for (Index i = 0; i < height / 2; i++)
+            for (Index j = 0; j < width / 2; j++)
+                store(pooled + (i * (width / 2) + j) * PANEL + c,
+                      (active(2 * i, 2 * j) + active(2 * i, 2 * j + 1) + active(2 * i + 1, 2 * j) +
+                       active(2 * i + 1, 2 * j + 1)) / 4);
+    }
+}
+
+// The slopes of a panel of maps, from those of what was pooled.
+void activate_back(const float* pooled, const float* maps, const float* statistics, Index height,
+                   Index width, const Norm& norm, Index channel, float* slopes) {
+    for (int c = 0; c < PANEL; c += WIDTH) {
+        const Vector mean = load(statistics + c), rate = load(statistics + PANEL + c);
+        const Vector scale = load(norm.scale + channel + c);
+        const Vector shift = load(norm.shift + channel + c), share = scale / 4;
+        const auto normal = [=](Index i, Index j) {
+            return (load(maps + (i * width + j) * PANEL + c) - mean) * rate;
+        };
+        const auto slope = [=](Index i, Index j) {
+            if (i / 2 >= height / 2 || j / 2 >= width / 2) return Vector{};  // an odd last one
+            const Vector s = share * load(pooled + (i / 2 * (width / 2) + j / 2) * PANEL + c);
+            return normal(i, j) * scale + shift <= 0 ? Vector{} : s;
+        };
+        const Vector of_slope = mean_of(height, width, slope);
+        const Vector of_product = mean_of(
+            height, width, [=](Index i, Index j) { return slope(i, j) * normal(i, j); });
+        for (Index i = 0; i < height; i++)
+            for (Index j = 0; j < width; j++)
+                store(slopes + (i * width + j) * PANEL + c,
+                      rate * (slope(i, j) - of_slope - normal(i, j) * of_product));
+    }
+}
+
+// Images that a thread takes together: enough tiles for quick products, and work for all threads.
+Index together(const Maps& maps, Index threads) {
+    const Index tiles = (maps.height + 3) / 4 * ((maps.width + 3) / 4);
+    const Index share = (maps.images + threads - 1) / threads;
+    return std::max<Index>(1, std::min(TILES / tiles, share));
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Block {
+    Index of_images, padding;  // whether it is one of images, and how they are padded
+    Index channels, outputs, height, width;  // height and width of the maps
+    const float *kernels, *turned;           // for the two ways
+    const float *scale, *shift;              // of the norm, (outputs)
+    float epsilon;
+};
+
+// x -> pooled, maps (outputs / 16, height / 2, width / 2, 16) of each image. For the way back, unless
+// they are null: maps, of the convolution, and statistics (outputs / 16, 2, 16) of each image.
+void block_forward(const Block* block, Index images, const float* x, float* pooled, float* maps,
+                   float* statistics, Index threads) {
+    const Block& b = *block;
+    const Norm norm{b.scale, b.shift, b.epsilon};
+    const Maps in{images, b.channels, b.height, b.width}, out{images, b.outputs, b.height, b.width};
+    const Frame frame{b.channels, b.height, b.width, b.padding};
+    const Index half = b.height / 2 * (b.width / 2) * PANEL, count = b.of_images ? 1 : together(in, threads);
+    const Index all_panels = b.outputs / PANEL;
+#pragma omp parallel num_threads(threads)
+    {
+        const Array space(b.of_images ? frame.size() : winograd_space(b.channels, b.outputs));
+        const Array own(maps ? 0 : b.of_images ? PANELS * out.panel() : count * out.image());
+        const Array unkept(2 * PANEL);
+        const auto finish = [&](const float* made, Index image, Index panel) {
+            const Index at = image * all_panels + panel;
+            activate(made, b.height, b.width, norm, panel * PANEL, pooled + at * half,
+                     statistics ? statistics + at * 2 * PANEL : unkept);
+        };
+#pragma omp for schedule(dynamic)
+        for (Index first = 0; first < images; first += count) {
+            const Index some = std::min(count, images - first);
+            if (b.of_images) {
+                frame.fill(space, x + first * frame.image());
+                for (Index panel = 0; panel < all_panels; panel += PANELS) {
+                    const Index columns = std::min<Index>(PANELS, all_panels - panel);
+                    float* made = maps ? maps + first * out.image() + panel * out.panel() : own;
+                    convolve(space, frame, b.kernels + panel * PANEL * 9 * b.channels,
+                             columns * PANEL, made);
+                    for (Index k = 0; k < columns; k++) finish(made + k * out.panel(), first, panel + k);
+                }
+            } else {
+                float* made = maps ? maps + first * out.image() : own;
+                winograd(x + first * in.image(), {some, b.channels, b.height, b.width}, b.kernels,
+                         made, b.outputs, space);
+                for (Index k = 0; k < some * all_panels; k++)
+                    finish(made + k * out.panel(), first + k / all_panels, k % all_panels);
+            }
+        }
+    }
+}
+
+// Slopes of what was pooled -> those of x.
+void block_backward(const Block* block, Index images, const float* pooled, const float* maps,
+                    const float* statistics, float* x, Index threads) {
+    const Block& b = *block;
+    const Norm norm{b.scale, b.shift, b.epsilon};
+    const Maps in{images, b.channels, b.height, b.width}, out{images, b.outputs, b.height, b.width};
+    const Frame frame{b.channels, b.height, b.width, b.padding};
+    const Index half = b.height / 2 * (b.width / 2) * PANEL, count = b.of_images ? 1 : together(in, threads);
+    const Index all_panels = b.outputs / PANEL;
+    const Index columns = (9 * b.channels + PANEL - 1) / PANEL * PANEL;
+#pragma omp parallel num_threads(threads)
+    {
+        const Array space(b.of_images ? frame.size() : winograd_space(b.outputs, b.channels));
+        const Array slopes(b.of_images ? out.panel() : count * out.image());
+        const Array shares(b.of_images ? b.height * b.width * columns : 0);
+        const auto begin = [&](Index image, Index panel, float* to) {
+            const Index at = image * all_panels + panel;
+            activate_back(pooled + at * half, maps + at * out.panel(), statistics + at * 2 * PANEL,
+                          b.height, b.width, norm, panel * PANEL, to);
+        };
+#pragma omp for schedule(dynamic)
+        for (Index first = 0; first < images; first += count) {
+            const Index some = std::min(count, images - first);
+            if (b.of_images) {
+                for (Index panel = 0; panel < all_panels; panel++) {
+                    begin(first, panel, slopes);
+                    product({slopes, PANEL, 1, PANEL, 0}, b.height * b.width,
+                            b.turned + panel * PANEL * columns, columns, shares, out.panel(),
+                            panel > 0);
+                }
+                put_back(shares, frame, space);
+                frame.cut(space, x + first * frame.image());
+            } else {
+                for (Index k = 0; k < some * all_panels; k++)
+                    begin(first + k / all_panels, k % all_panels, slopes + k * out.panel());
+                winograd(slopes, {some, b.outputs, b.height, b.width}, b.turned,
+                         x + first * in.image(), b.channels, space);
+            }
+        }
+    }
+}
+
+}  // extern "C"

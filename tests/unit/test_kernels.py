@@ -1,0 +1,219 @@
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncfm import kernels
+from ncfm.augment import AugmentConfig
+from ncfm.distill import DistillConfig, Distiller
+from ncfm.extractors import ExtractorPool
+from ncfm.frequencies import FrequencyConfig
+from ncfm.images import ImageSpec
+from ncfm.kernels import FrozenConvNet, freeze, library
+from ncfm.models import Classifier, ModelConfig, build_model
+
+NETWORKS = [
+    # size, depth, width, channels
+    (32, 3, 128, 3),
+    (28, 3, 64, 1),  # images padded to 32
+    (16, 2, 48, 3),  # an odd number of panels
+    (12, 2, 16, 2),  # maps that tiles of 4x4 do not cover
+    (30, 3, 32, 3),  # and odd ones, whose last row no pool takes
+    (96, 5, 32, 3),
+]
+
+
+def network(
+    size: int = 16, depth: int = 2, width: int = 32, channels: int = 3, seed: int = 0
+) -> Classifier:
+    config = ModelConfig(width=width, depth=depth)
+    model = build_model(config, num_classes=2, channels=channels, image_size=size, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():  # or the norms' would be ones and zeros
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
+def frozen(model: Classifier) -> FrozenConvNet:
+    if library() is None:
+        pytest.skip("no kernels here: they need a C++ compiler with OpenMP")
+    found = freeze(model)
+    assert found is not None
+    return found
+
+
+def both_ways(
+    features: Callable[[Tensor], Tensor], images: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Features, and the gradient w.r.t. the images of their product with a slope."""
+    x = images.detach().requires_grad_()
+    y = features(x)
+    (gradient,) = torch.autograd.grad(y, x, slope)
+    return y.detach(), gradient
+
+
+@pytest.mark.parametrize(("size", "depth", "width", "channels"), NETWORKS)
+def test_features_and_gradients(size: int, depth: int, width: int, channels: int) -> None:
+    """Against PyTorch's layers in float64."""
+    model = network(size, depth, width, channels)
+    features = frozen(model)
+    images = torch.randn(5, channels, size, size, dtype=torch.float64)
+    slope = torch.randn(5, model.num_features, dtype=torch.float64)
+    found = both_ways(features, images.float(), slope.float())
+    right = both_ways(copy.deepcopy(model).double().features, images, slope)
+    for ours, exact in zip(found, right, strict=True):
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
+    with torch.no_grad():
+        assert torch.equal(features(images.float()), found[0])
+
+
+@pytest.mark.parametrize(("size", "depth", "width", "channels"), NETWORKS[:3])
+def test_an_image_depends_on_itself_alone(
+    size: int, depth: int, width: int, channels: int, one_thread: None
+) -> None:
+    """The same bits beside other images, and on any number of threads."""
+    model = network(size, depth, width, channels)
+    features = frozen(model)
+    images, slope = torch.randn(7, channels, size, size), torch.randn(7, model.num_features)
+    together = both_ways(features, images, slope)
+    for some in (slice(0, 1), slice(2, 5)):
+        for part, whole in zip(
+            both_ways(features, images[some], slope[some]), together, strict=True
+        ):
+            assert torch.equal(part, whole[some])
+    torch.set_num_threads(3)
+    for one, three in zip(together, both_ways(features, images, slope), strict=True):
+        assert torch.equal(one, three)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_images_in_any_layout() -> None:
+    features = frozen(network())
+    images = torch.randn(4, 3, 16, 16)
+    right = features(images)
+    strided = torch.randn(4, 3, 16, 32)[..., ::2].copy_(images)
+    for same in (images.contiguous(memory_format=torch.channels_last), strided):
+        assert torch.equal(features(same), right)
+    assert features(images[:0]).shape == (0, right.shape[1])
+
+
+def test_not_a_number_shows() -> None:
+    features = frozen(network())
+    images, slope = torch.randn(3, 3, 16, 16), torch.ones(3, 512)
+    images[1, 0, 5, 5] = float("nan")
+    for found in both_ways(features, images, slope):
+        assert found.flatten(1).isfinite().all(1).tolist() == [True, False, True]
+        assert found[1].isnan().all()
+
+
+def test_follow_every_blend() -> None:
+    states = [(network(seed=i).state_dict(), network(seed=10 + i).state_dict()) for i in range(2)]
+    pool = ExtractorPool(network(), states)
+    frozen(pool.model)
+    features = pool.freeze()
+    assert features is not None
+    images, slope = torch.randn(2, 3, 16, 16), torch.ones(2, 512)
+    passes = []
+    for member, beta in ((0, 0.25), (1, 0.75)):
+        model = pool.blend(member, beta)
+        right = both_ways(model.features, images, slope)
+        x = images.clone().requires_grad_()
+        passes.append((x, features(x), right))
+    for x, found, right in passes:  # the first one's way back is through its own weights
+        gradient = torch.autograd.grad(found, x, slope)[0]
+        torch.testing.assert_close((found.detach(), gradient), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(width=32, norm="none"),
+        ModelConfig(width=32, norm="batch"),
+        ModelConfig(width=32, norm="group"),
+        ModelConfig(width=24),
+        ModelConfig(name="alexnet"),
+        ModelConfig(name="vgg11"),
+        ModelConfig(name="resnet18"),
+    ],
+)
+def test_others_have_none(config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert freeze(build_model(config, num_classes=2, channels=3, image_size=32)) is None
+    assert not caplog.records
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The kernels, not compiled yet."""
+    library.cache_clear()
+    yield monkeypatch
+    library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        ("no-such-compiler", "No such file"),
+        ("sh -c 'echo no room left >&2; exit 1'", "no room left"),
+        ("true", "cannot open shared object"),  # it made nothing
+    ],
+)
+def test_without_a_compiler_the_plain_way(
+    compiler: str, says: str, forgotten: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forgotten.setenv("CXX", compiler)
+    assert not isinstance(distill()._body, FrozenConvNet)
+    distill()
+    (record,) = [r for r in caplog.records if r.name == kernels.__name__]  # once a process
+    assert record.levelno == logging.WARNING
+    assert "$CXX" in record.message
+    assert says in record.message
+
+
+REAL = {c: torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(c)) for c in range(2)}
+
+
+def distill(sampler: Any = "gaussian", **config: Any) -> Distiller:
+    """After a step."""
+    states = [(network(seed=i).state_dict(), network(seed=10 + i).state_dict()) for i in range(2)]
+    distiller = Distiller(
+        {c: images[:2] for c, images in REAL.items()},
+        factor=2,
+        spec=ImageSpec(
+            channels=3, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=("a", "b")
+        ),
+        pool=ExtractorPool(network(), states),
+        seed=0,
+        config=DistillConfig(optimizer="sgd", lr=1.0, num_steps=1, **config),
+        frequencies=FrequencyConfig(sampler=sampler),
+        augment=AugmentConfig(),
+    )
+    distiller.update(REAL)
+    return distiller
+
+
+@pytest.mark.parametrize("sampler", ["gaussian", "psi"])
+def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
+    frozen(network())
+    plain, quick = (distill(sampler, compile=way) for way in (False, None))
+    assert not isinstance(plain._body, FrozenConvNet)
+    assert isinstance(quick._body, FrozenConvNet)
+    moved = [
+        torch.stack([p.detach() - REAL[c][:2] for c, p in d.images.items()]) for d in (plain, quick)
+    ]
+    assert moved[0].norm() > 1e-3
+    assert (moved[0] - moved[1]).norm() < 1e-3 * moved[0].norm()
+
+
+def test_other_precisions_have_none() -> None:
+    assert not isinstance(distill(precision="float64")._body, FrozenConvNet)
