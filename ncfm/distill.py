@@ -172,6 +172,9 @@ class Distiller:
         keep_freed_memory()
         self.chunk_size = config.chunk_size or default_chunk(spec.image_size, self.device)
         self.graph_images = config.graph_images or default_graph_images(spec.image_size)
+        self.kernels = (
+            config.compile is not False and self.device.type == "cpu" and precision == torch.float32
+        )
         self.pass_size, self.compiled = self.chunk_size, False
         self._body = self._extractor(precision)
         dim = pool.model.num_features
@@ -188,14 +191,13 @@ class Distiller:
 
     def _extractor(self, precision: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What gives the features (N, D) of images, the quickest that there is."""
-        cfg, pool, device_type = self.config, self.pool, self.device.type
-        if cfg.compile is not False and device_type == "cpu" and precision == torch.float32:
-            frozen = pool.freeze()
-            if frozen is not None:
-                self.pass_size *= PREPARED_CHUNKS  # its cache is its own affair
-                return frozen
+        cfg, pool = self.config, self.pool
+        frozen = pool.freeze() if self.kernels else None
+        if frozen is not None:
+            self.pass_size *= PREPARED_CHUNKS  # its cache is its own affair
+            return frozen
         self.compiled = (
-            cfg.num_steps >= COMPILE_FROM and can_compile(device_type)
+            cfg.num_steps >= COMPILE_FROM and can_compile(self.device.type)
             if cfg.compile is None
             else cfg.compile
         )
@@ -283,7 +285,7 @@ class Distiller:
             if cfg.objective == "mmd":
                 values, gradients = match_means(x, y, self.communicator)
             else:
-                match = Match(x, y, t, self.communicator)
+                match = Match(x, y, t, self.communicator, kernels=self.kernels)
                 values, gradients = match.descent(cfg.alpha)
             self._check_finite(values, part)
             losses.append(values)
@@ -307,7 +309,7 @@ class Distiller:
         for number in range(1, ascents):
             t, log_scales = self._frequencies(inner * ascents + number)
             ascent = _PsiGradient(log_scales, self.num_classes)
-            match = Match(seen_x, seen_y, t, self.communicator)
+            match = Match(seen_x, seen_y, t, self.communicator, kernels=self.kernels)
             self._check_finite(match.objective(self.frequencies, cfg.alpha), slice(None))
             ascent.add(match.scale_gradients(self.frequencies.num_components))
             self._step_psi(ascent)
@@ -511,7 +513,7 @@ class _PsiGradient:
     def add(self, slopes: Iterable[Tensor]) -> None:
         """The gradients of some classes' objectives with respect to the log-scales, (M, D) each."""
         for slope in slopes:
-            self.total += slope.double().div_(GRADIENT_GRID * self.num_classes).round_()
+            self.total += slope.div_(GRADIENT_GRID * self.num_classes).round_()
 
     def set(self, communicator: Communicator) -> None:
         """Put that of the mean over all classes on all workers where an optimiser finds it."""

@@ -1,4 +1,5 @@
-"""The features of a frozen ConvNet in float32 on a CPU, by kernels of our own (`convnet.cpp`).
+"""What a step on a CPU spends its time on, in float32, by kernels of our own (`kernels.cpp`): the
+features of a frozen ConvNet, and psi's gradient.
 
 PyTorch's layers write each map to memory and read it again; here a block keeps its maps in a core's
 cache, with a quarter of the multiplications. A C++ compiler makes the kernels for the processor at
@@ -12,6 +13,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from ncfm.models import Classifier
 from ncfm.models.convnet import ConvNet
 
-SOURCE = Path(__file__).with_name("convnet.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = "-O3 -march=native -ffp-contract=fast -std=gnu++17 -fopenmp -shared -fPIC"
 PANEL = 16  # columns of a matrix that the kernels take together
 
@@ -46,7 +48,7 @@ def library() -> ctypes.CDLL | None:
     """The kernels, compiled by $CXX (`c++`); None, and a warning that says why, if that fails."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "convnet.so"
+        made = Path(folder) / "kernels.so"
         command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -55,7 +57,7 @@ def library() -> ctypes.CDLL | None:
             said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
             reason = (said or str(error)).strip().splitlines()[0]
             logger.warning(
-                "going on without the kernels of a ConvNet, with which a step takes several times "
+                "going on without kernels of our own, with which a step takes up to three times "
                 "less: they need a C++ compiler with OpenMP ($CXX, or c++): %s",
                 reason,
             )
@@ -63,7 +65,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class _Block(ctypes.Structure):
-    """`Block` of convnet.cpp."""
+    """`Block` of kernels.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("of_images", "padding")),
@@ -126,7 +128,7 @@ class _Pass(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             kept += [x.new_empty(n, panels, height, width, PANEL), x.new_empty(n, panels, 2, PANEL)]
         block = layers.block(height, width)
-        _run("block_forward", block, n, x, pooled, *kept or (None, None))
+        _run("block_forward", ctypes.byref(block), n, x, pooled, *kept or (None, None))
         ctx.save_for_backward(*kept)
         ctx.block, ctx.weights, ctx.shape = block, layers.weights, x.shape
         return pooled
@@ -135,18 +137,26 @@ class _Pass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         x = slope.new_empty(ctx.shape)
-        _run("block_backward", ctx.block, len(x), slope.contiguous(), *ctx.saved_tensors, x)
+        block, slope = ctypes.byref(ctx.block), slope.contiguous()
+        _run("block_backward", block, len(x), slope, *ctx.saved_tensors, x)
         return x, None
 
 
-def _run(name: str, block: _Block, images: int, *tensors: Tensor | None) -> None:
+def _run(name: str, *arguments: Any) -> None:
+    """A function of the library, on as many threads as PyTorch has."""
     kernels = library()
     assert kernels is not None
-    addresses = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
-    threads = torch.get_num_threads()
-    getattr(kernels, name)(
-        ctypes.byref(block), ctypes.c_int64(images), *addresses, ctypes.c_int64(threads)
-    )
+    getattr(kernels, name)(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _argument(value: Any) -> Any:
+    match value:
+        case int():
+            return ctypes.c_int64(value)
+        case Tensor():
+            return ctypes.c_void_p(value.data_ptr())
+        case _:
+            return value
 
 
 class FrozenConvNet:
@@ -189,3 +199,40 @@ def freeze(model: Classifier) -> FrozenConvNet | None:
             return None
         layers.append(_Layers(conv, norm, of_images=start == 0))
     return FrozenConvNet(layers) if library() is not None else None
+
+
+class _Side(ctypes.Structure):
+    """`Side` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "slopes", "samples")),
+        ("count", ctypes.c_int64),
+    )
+
+
+def can_sum_draws(t: Tensor) -> bool:
+    """Whether `scale_gradient` is there for these frequencies (K, D)."""
+    fit = t.device.type == "cpu" and t.dtype == torch.float32 and t.shape[1] % PANEL == 0
+    return fit and library() is not None
+
+
+def scale_gradient(
+    sides: Sequence[tuple[tuple[Tensor, Tensor], Tensor, Tensor]], t: Tensor, components: int
+) -> Tensor:
+    """The sums, over the K / M neighbouring frequencies of each component, of frequencies t (K, D)
+    times the gradient w.r.t. them: (M, D).
+
+    A side of the discrepancy is the cosines and sines of its angles, (N, K) each, the slope w.r.t.
+    the sums of both (2, K), and the samples (N, D).
+    """
+    kept = [
+        [tensor.contiguous() for tensor in (*waves, slope, samples)]
+        for waves, slope, samples in sides
+    ]
+    array = (_Side * len(kept))(
+        *(_Side(*(tensor.data_ptr() for tensor in side), len(side[-1])) for side in kept)
+    )
+    t, draws = t.contiguous(), len(t) // components
+    gradient = t.new_empty(components, t.shape[1])
+    _run("scale_gradient", array, len(kept), t, components, draws, t.shape[1], gradient)
+    return gradient

@@ -15,6 +15,7 @@ from torch import Tensor
 from ncfm.communication import Communicator, group_total, own_parts
 from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
+from ncfm.kernels import can_sum_draws, scale_gradient
 from ncfm.linalg import product
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
@@ -32,11 +33,11 @@ class Waves(NamedTuple):
         return torch.cat([self.cos.sum(0), self.sin.sum(0), size])
 
     def angle_gradient(self, slope: Tensor) -> Tensor:
-        """Of a function of the sums, with this slope (2 K + 1,), w.r.t. the angles <t_k, x_n>:
-        (N, K). Times t, it is the gradient w.r.t. x; transposed, times x, that w.r.t. t.
+        """Of a function of the sums of cosines and of sines, with this slope (2, K), w.r.t. the
+        angles <t_k, x_n>: (N, K). Times t, it is the gradient w.r.t. x; transposed, times x, that
+        w.r.t. t.
         """
-        k = self.cos.shape[1]
-        return self.cos * slope[k : 2 * k] - self.sin * slope[:k]
+        return self.cos * slope[1] - self.sin * slope[0]
 
 
 def waves(x: Tensor, t: Tensor) -> Waves:
@@ -51,25 +52,34 @@ class Match:
     Args:
         x: this member's part of each class's real features, (N_c, D) each.
         y: each class's synthetic features, all of them, on every member of the group.
+        kernels: whether psi's gradient may come from `ncfm.kernels`.
     """
 
     def __init__(
-        self, x: Sequence[Tensor], y: Sequence[Tensor], t: Tensor, communicator: Communicator
+        self,
+        x: Sequence[Tensor],
+        y: Sequence[Tensor],
+        t: Tensor,
+        communicator: Communicator,
+        *,
+        kernels: bool = False,
     ) -> None:
         self.x, self.y, self.t, self.communicator = x, y, t, communicator
+        self.kernels = kernels
         self.waves_x, self.waves_y = ([waves(part, t) for part in side] for side in (x, y))
         self.sums_x = group_total(torch.stack([w.sums() for w in self.waves_x]), communicator)
         self.sums_y = torch.stack([w.sums() for w in self.waves_y])
+        self.phi_x, self.phi_y = self._cf(self.sums_x), self._cf(self.sums_y)
 
     def _cf(self, sums: Tensor) -> CF:
         k = len(self.t)
-        return cf_from_sums(CFSums(*sums.split([k, k, 1], -1)))
+        parts = CFSums(*sums.split([k, k, 1], -1))
+        return CF(*(part.requires_grad_() for part in cf_from_sums(parts)))
 
     def descent(self, alpha: float) -> tuple[Tensor, list[Tensor]]:
         """NCFD of each class (C,), and the gradient of each w.r.t. its y, (N_c, D)."""
-        sums = self.sums_y.requires_grad_()
-        values = ncfd(self._cf(self.sums_x), self._cf(sums), alpha)
-        (slopes,) = torch.autograd.grad(values.sum(), sums)
+        values = ncfd(self.phi_x, self.phi_y, alpha)
+        (slopes,) = _sum_slopes(values, (self.phi_y, self.sums_y))
         gradients = [
             product(w.angle_gradient(slope), self.t)
             for w, slope in zip(self.waves_y, slopes, strict=True)
@@ -78,10 +88,10 @@ class Match:
 
     def objective(self, config: FrequencyConfig, alpha: float) -> Tensor:
         """What psi ascends, for each class (C,); its slopes are kept for `scale_gradients`."""
-        sums_x, sums_y = self.sums_x.requires_grad_(), self.sums_y.requires_grad_()
-        size_x, size_y = sums_x[:, -1:].detach(), sums_y[:, -1:].detach()
-        values = psi_objective(self._cf(sums_x), self._cf(sums_y), size_x, size_y, config, alpha)
-        self._slopes = torch.autograd.grad(values.sum(), (sums_x, sums_y))
+        sizes = self.sums_x[:, -1:], self.sums_y[:, -1:]
+        values = psi_objective(self.phi_x, self.phi_y, *sizes, config, alpha)
+        sides = (self.phi_x, self.sums_x), (self.phi_y, self.sums_y)
+        self._slopes = _sum_slopes(values, *sides)
         return values.detach()
 
     def scale_gradients(self, components: int) -> Iterator[Tensor]:
@@ -93,18 +103,29 @@ class Match:
         # All members have all of y: each counts its part alone, as it has its part of x.
         mine = [Waves(*own_parts(w, self.communicator)) for w in self.waves_y]
         own_y = own_parts(self.y, self.communicator)
-        draws = len(self.t) // components
-        rows = max(1, BLOCK_FREQS // draws) * draws
         for c, (slope_x, slope_y) in enumerate(zip(*self._slopes, strict=True)):
-            angles = torch.cat(
-                [self.waves_x[c].angle_gradient(slope_x), mine[c].angle_gradient(slope_y)]
-            )
-            features = torch.cat([self.x[c], own_y[c]])
+            sides = (self.waves_x[c], slope_x, self.x[c]), (mine[c], slope_y, own_y[c])
+            if self.kernels and can_sum_draws(self.t):
+                yield scale_gradient(sides, self.t, components)
+                continue
+            angles = torch.cat([w.angle_gradient(slope) for w, slope, _ in sides])
+            features = torch.cat([samples for _, _, samples in sides])
+            draws = len(self.t) // components
+            rows = max(1, BLOCK_FREQS // draws) * draws
             parts = [
                 product(angle.mT, features).mul_(t).unflatten(0, (-1, draws)).sum(1)
                 for angle, t in zip(angles.split(rows, 1), self.t.split(rows), strict=True)
             ]
             yield torch.cat(parts)
+
+
+def _sum_slopes(values: Tensor, *sides: tuple[CF, Tensor]) -> list[Tensor]:
+    """Of values (C,) of CFs, each from sums (C, 2 K + 1), w.r.t. those of cosines and of sines: (C,
+    2, K) each.
+    """
+    slopes = torch.autograd.grad(values.sum(), [part for phi, _ in sides for part in phi])
+    pairs = torch.stack(slopes, 1).split(2, 1)
+    return [pair / sums[:, None, -1:] for pair, (_, sums) in zip(pairs, sides, strict=True)]
 
 
 def match_means(

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ncfm import kernels
 from ncfm.augment import AugmentConfig
+from ncfm.communication import Alone
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec
-from ncfm.kernels import FrozenConvNet, freeze, library
+from ncfm.kernels import FrozenConvNet, can_sum_draws, freeze, library
+from ncfm.matching import Match
 from ncfm.models import Classifier, ModelConfig, build_model
 
 NETWORKS = [
@@ -157,6 +159,38 @@ def test_follow_every_blend() -> None:
 def test_others_have_none(config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
     assert freeze(build_model(config, num_classes=2, channels=3, image_size=32)) is None
     assert not caplog.records
+
+
+def psi_gradients(
+    x: list[Tensor], y: list[Tensor], t: Tensor, components: int, *, kernels: bool
+) -> list[Tensor]:
+    match = Match(x, y, t, Alone(), kernels=kernels)
+    match.objective(FrequencyConfig(sampler="psi"), 0.5)
+    return list(match.scale_gradients(components))
+
+
+@pytest.mark.parametrize(
+    ("freqs", "components", "dim"), [(64, 4, 64), (60, 12, 48), (7, 7, 16), (48, 1, 96)]
+)
+def test_psi_s_gradient(freqs: int, components: int, dim: int, one_thread: None) -> None:
+    x, y = ([torch.randn(n, dim) for n in counts] for counts in ((7, 33), (4, 1)))
+    t = torch.randn(freqs, dim)
+    if not can_sum_draws(t):
+        pytest.skip("no kernels here: they need a C++ compiler with OpenMP")
+    found = psi_gradients(x, y, t, components, kernels=True)
+    double = ([part.double() for part in side] for side in (x, y))
+    right = psi_gradients(*double, t.double(), components, kernels=True)  # of which there are none
+    for ours, exact in zip(found, right, strict=True):
+        assert ours.shape == (components, dim)
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
+    torch.set_num_threads(3)
+    for one, three in zip(found, psi_gradients(x, y, t, components, kernels=True), strict=True):
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("t", [torch.ones(4, 24), torch.ones(4, 16, dtype=torch.float64)])
+def test_psi_s_gradient_of_others_goes_the_plain_way(t: Tensor) -> None:
+    assert not can_sum_draws(t)
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
-// Blocks of a ConvNet whose weights are frozen, on a CPU: 3x3 convolution, instance norm, ReLU and
-// 2x2 average pooling, forward and back to the input. What a block computes on the way stays in a
-// core's cache, and an image's numbers depend on it alone, not on the others or on the threads.
+// What a step on a CPU spends its time on, in float32.
 //
-// Convolutions of maps are Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section
-// 4.3): a tile of 4x4 outputs comes from one of 6x6 inputs, transformed, by 36 products over the
-// channels where the definition has 144. Those of images are products with the neighbourhoods of
-// pixels. Convolutions need no bias: the norm subtracts it.
+// Blocks of a ConvNet whose weights are frozen: 3x3 convolution, instance norm, ReLU and 2x2 average
+// pooling, forward and back to the input. What a block computes on the way stays in a core's cache,
+// and an image's numbers depend on it alone, not on the others or on the threads. Convolutions of
+// maps are Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section 4.3): a tile of 4x4
+// outputs comes from one of 6x6 inputs, transformed, by 36 products over the channels where the
+// definition has 144. Those of images are products with the neighbourhoods of pixels. Convolutions
+// need no bias: the norm subtracts it.
 //
-// All is float32 and in panels of 16 columns. Maps: (channels / 16, height, width, 16) for each
+// And the gradient of psi's objective: a product of which only sums over draws are written.
+//
+// Matrices and maps are in panels of 16 columns. Maps: (channels / 16, height, width, 16) for each
 // image. A matrix on the right of a product: (columns / 16, rows, 16). Images are channels-last.
 
 #include <algorithm>
@@ -44,10 +47,11 @@ struct Array {
 
 // ---------------------------------------------------------------- products
 
-// A matrix on the left: rows `stride` apart, each of `parts` parts, `length` long, `apart` apart.
+// A matrix on the left: rows `stride` apart, each of `parts` parts, `apart` apart, of `length` numbers,
+// `step` apart.
 struct Left {
     const float* data;
-    Index stride, parts, length, apart;
+    Index stride, parts, length, apart, step = 1;
 };
 
 // c, panels `apart` apart, = or += `R` rows times `P` panels. Sums stay in registers, each from the
@@ -63,7 +67,7 @@ void multiply(const Left& a, const float* panels, float* c, Index apart, bool ad
                 sums[r][v] = load(c + v / PIECES * apart + r * PANEL + v % PIECES * WIDTH);
     for (Index part = 0; part < a.parts; part++)
         for (Index k = 0; k < a.length; k++) {
-            const float* column = a.data + part * a.apart + k;
+            const float* column = a.data + part * a.apart + k * a.step;
             const float* row = panels + (part * a.length + k) * PANEL;
             Vector right[COLUMNS];
 #pragma GCC unroll 4
@@ -408,6 +412,63 @@ void block_backward(const Block* block, Index images, const float* pooled, const
                     begin(first + k / all_panels, k % all_panels, slopes + k * out.panel());
                 winograd(slopes, {some, b.outputs, b.height, b.width}, b.turned,
                          x + first * in.image(), b.channels, space);
+            }
+        }
+    }
+}
+
+// Samples (samples, features), their cosines and sines (samples, components draws), and the slopes of
+// the sums of both, cosines first.
+struct Side {
+    const float *cosines, *sines, *slopes, *samples;
+    Index count;
+};
+
+// (components, features): the sums, over the draws of a component, of the frequencies t (components
+// draws, features) times the slopes of t.
+void scale_gradient(const Side* sides, Index number, const float* t, Index components, Index draws,
+                    Index features, float* gradient, Index threads) {
+    const Index all = components * draws;
+    Index samples = 0;
+    for (Index s = 0; s < number; s++) samples += sides[s].count;
+    const Array angles(all * samples);  // (components, samples, draws), their slopes
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (Index m = 0; m < components; m++) {
+            float* to = angles + m * samples * draws;
+            for (Index s = 0; s < number; s++)
+                for (Index n = 0; n < sides[s].count; n++, to += draws) {
+                    const float* slopes = sides[s].slopes + m * draws;
+                    const float* cosines = sides[s].cosines + n * all + m * draws;
+                    const float* sines = sides[s].sines + n * all + m * draws;
+                    for (Index k = 0; k < draws; k++)
+                        to[k] = cosines[k] * slopes[all + k] - sines[k] * slopes[k];
+                }
+        }
+        const Array panels(samples * PANELS * PANEL), made(draws * PANELS * PANEL);
+#pragma omp for schedule(dynamic)
+        for (Index first = 0; first < features; first += PANELS * PANEL) {
+            const Index columns = std::min<Index>(PANELS * PANEL, features - first);
+            for (Index c = 0, row = 0; c < columns; c += PANEL)
+                for (Index s = 0; s < number; s++)
+                    for (Index n = 0; n < sides[s].count; n++, row++)
+                        std::copy_n(sides[s].samples + n * features + first + c, PANEL,
+                                    panels + row * PANEL);
+            for (Index m = 0; m < components; m++) {
+                const float* frequencies = t + m * draws * features + first;
+                for (Index k = 0; k < draws; k++)  // a cache line is a panel's row
+                    for (Index c = 0; c < columns; c += PANEL)
+                        __builtin_prefetch(frequencies + k * features + c);
+                product({angles + m * samples * draws, 1, 1, samples, 0, draws}, draws, panels,
+                        columns, made, draws * PANEL);
+                for (Index c = 0; c < columns; c += WIDTH) {
+                    Vector sum = {};
+                    for (Index k = 0; k < draws; k++)
+                        sum += load(made + (c / PANEL * draws + k) * PANEL + c % PANEL) *
+                               load(frequencies + k * features + c);
+                    store(gradient + m * features + first + c, sum);
+                }
             }
         }
     }
