@@ -31,7 +31,8 @@ constexpr int WIDTH = 8, ROWS = 6, PANELS = 1;  // 12 of 16
 constexpr int WIDTH = 4, ROWS = 6, PANELS = 1;  // 24 of NEON's 32
 #endif
 constexpr int PANEL = 16, PIECES = PANEL / WIDTH;
-constexpr Index TILES = 16;  // transformed together
+constexpr Index TILES = 16;      // transformed together
+constexpr Index TOGETHER = 128;  // features of whose samples a core keeps its share in its cache
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
@@ -446,10 +447,10 @@ void scale_gradient(const Side* sides, Index number, const float* t, Index compo
                         to[k] = cosines[k] * slopes[all + k] - sines[k] * slopes[k];
                 }
         }
-        const Array panels(samples * PANELS * PANEL), made(draws * PANELS * PANEL);
+        const Array panels(samples * TOGETHER), made(draws * TOGETHER);
 #pragma omp for schedule(dynamic)
-        for (Index first = 0; first < features; first += PANELS * PANEL) {
-            const Index columns = std::min<Index>(PANELS * PANEL, features - first);
+        for (Index first = 0; first < features; first += TOGETHER) {
+            const Index columns = std::min(TOGETHER, features - first);
             for (Index c = 0, row = 0; c < columns; c += PANEL)
                 for (Index s = 0; s < number; s++)
                     for (Index n = 0; n < sides[s].count; n++, row++)

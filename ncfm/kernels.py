@@ -173,7 +173,13 @@ class FrozenConvNet:
             layers.refresh()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, num_features)."""
+        """(N, C, H, W) -> (N, num_features). Raises ValueError for images of another kind."""
+        channels = self.layers[0].conv.in_channels
+        if images.dtype != torch.float32 or images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"expected images (N, {channels}, H, W) in float32, "
+                f"got {tuple(images.shape)} in {str(images.dtype).removeprefix('torch.')}"
+            )
         x = images.permute(0, 2, 3, 1)
         for layers in self.layers:
             x = _Pass.apply(x, layers)

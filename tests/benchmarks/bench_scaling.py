@@ -71,7 +71,6 @@ class Bench:
             "storage_path": folder,
             "distill.real_batch": real_batch,
             "distill.num_steps": steps,
-            "distill.compile": True,  # as it is in runs of more steps
             "runtime.max_failures": 0,
         }
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))

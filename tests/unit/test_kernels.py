@@ -117,6 +117,15 @@ def test_images_in_any_layout() -> None:
     assert features(images[:0]).shape == (0, right.shape[1])
 
 
+@pytest.mark.parametrize(
+    "images",
+    [torch.ones(2, 1, 16, 16), torch.ones(3, 16, 16), torch.ones(2, 3, 16, 16, dtype=torch.half)],
+)
+def test_other_images_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected images \(N, 3, H, W\) in float32, got"):
+        frozen(network())(images)
+
+
 def test_not_a_number_shows() -> None:
     features = frozen(network())
     images, slope = torch.randn(3, 3, 16, 16), torch.ones(3, 512)
