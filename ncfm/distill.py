@@ -101,8 +101,9 @@ class DistillConfig:
     which win its half a minute back."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of all that is computed. `bfloat16`: the extractor alone; features are compared in float32,
-    and images and psi are kept in it. On a CPU that multiplies it (AVX512_BF16, AMX) a compiled
-    step takes up to 1.5 times less; what it does to gradients and accuracy is in STUDY.md."""
+    and images and psi are kept in it. On a CPU that multiplies it (AVX512_BF16, AMX) it makes what
+    torch.compile compiles up to 1.5 times quicker, but our own kernels in float32 were quicker
+    still; what it does to gradients and accuracy is in STUDY.md."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "real_batch", "inner_steps", "chunk_size", "graph_images"):
@@ -289,13 +290,14 @@ class Distiller:
                 values, gradients = match.descent(cfg.alpha)
             self._check_finite(values, part)
             losses.append(values)
+            if ascent is not None:
+                objectives.append(match.objective(self.frequencies, cfg.alpha))
+                self._check_finite(objectives[-1], part)
             # (1) min: from the features back to the pixels
             backward(gradients)
             del gradients, backward  # and the graph, before psi's gradient needs memory
             # (2) max: psi's gradient on the same features
             if ascent is not None:
-                objectives.append(match.objective(self.frequencies, cfg.alpha))
-                self._check_finite(objectives[-1], part)
                 ascent.add(match.scale_gradients(self.frequencies.num_components))
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y

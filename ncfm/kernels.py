@@ -47,21 +47,20 @@ logger = logging.getLogger(__name__)
 def library() -> ctypes.CDLL | None:
     """The kernels, compiled by $CXX (`c++`); None, and a warning that says why, if that fails."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "kernels.so"
-        command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(made)]
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / "kernels.so"
+            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(made))
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-            reason = (said or str(error)).strip().splitlines()[0]
-            logger.warning(
-                "going on without kernels of our own, with which a step takes up to three times "
-                "less: they need a C++ compiler with OpenMP ($CXX, or c++): %s",
-                reason,
-            )
-            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        logger.warning(
+            "going on without kernels of our own, with which a step takes up to three times less: "
+            "they need a C++ compiler with OpenMP ($CXX, or c++): %s",
+            (said or str(error)).strip().splitlines()[0],
+        )
+        return None
 
 
 class _Block(ctypes.Structure):

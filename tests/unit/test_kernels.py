@@ -1,6 +1,8 @@
 import copy
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,6 +230,14 @@ def test_without_a_compiler_there_are_none(
     assert record.levelno == logging.WARNING
     assert "$CXX" in record.message
     assert says in record.message
+
+
+def test_without_room_for_them_there_are_none(
+    tmp_path: Path, forgotten: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forgotten.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert freeze(network()) is None
+    assert "missing" in caplog.text
 
 
 REAL = {c: torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(c)) for c in range(2)}
