@@ -1,11 +1,12 @@
 """The minmax step against the paper's own loop (reference_loop.py): ratios in one run, without Ray.
 
     python tests/benchmarks/bench_step.py --out runs/bench [--cases 32 128] [--steps 5]
+    python tests/benchmarks/bench_step.py --parts 32-psi
 
 Each variant lives in a process of its own, since allocators and compiled code outlast a step, and
 the variants take turns, a step each. Prints a table and writes step.json: median seconds, their
 ratio, MiB that a step takes beyond what its process holds between steps, and the FLOP rate beside
-that of this machine's convolutions alone.
+that of this machine's convolutions alone. `--parts`: where the time of the compiled step goes.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ from reference_loop import ReferenceLoop, plain
 from torch.utils.flop_counter import FlopCounterMode
 
 import ncfm.distill
-from ncfm.augment import AugmentConfig
+from ncfm.augment import Augment, AugmentConfig
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec
+from ncfm.matching import Match
 from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.seeding import keyed_generator
 
@@ -208,6 +211,48 @@ def compare(names: list[str], variants: list[str], steps: int) -> list[dict[str,
     return rows
 
 
+PARTS: dict[str, tuple[Any, str]] = {
+    "extractor, real images": (Distiller, "_real_features"),
+    "extractor, synthetic images, forward": (Distiller, "_forward"),
+    "of these two, augmentation": (Augment, "apply"),
+    "angles, cosines and sines": (Match, "__init__"),
+    "the images' gradient w.r.t. features": (Match, "descent"),
+    "psi's objective": (Match, "objective"),
+    "psi's gradient": (ncfm.distill._PsiGradient, "add"),
+    "psi's step": (Distiller, "_step_psi"),
+    "frequencies": (Distiller, "_frequencies"),
+    "weights": (ExtractorPool, "blend"),
+    "the images' step": (Distiller, "_step_images"),
+}
+
+
+def print_parts(case: str, steps: int) -> None:
+    """Mean seconds of a step's parts, by the clock."""
+    seconds = dict.fromkeys([*PARTS, "the way back to the pixels"], 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[part] += time.perf_counter() - began
+            if part == "extractor, synthetic images, forward":
+                return result[0], timed("the way back to the pixels", result[1])
+            return result
+
+        return call
+
+    for part, (owner, name) in PARTS.items():
+        setattr(owner, name, timed(part, getattr(owner, name)))
+    variant = Variant(CASES[case], "compiled")
+    for _ in range(2):
+        variant.step()
+    seconds.update(dict.fromkeys(seconds, 0.0))
+    whole = sum(variant.step() for _ in range(steps))
+    for part, total in seconds.items():
+        print(f"{part:40} {total / steps:.4f}")
+    print(f"{'the whole step':40} {whole / steps:.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
@@ -216,10 +261,14 @@ def main() -> None:
         "--variants", nargs="+", choices=VARIANTS, default=["reference", "eager", "compiled"]
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--parts", choices=CASES)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(*args.serve)
+        return
+    if args.parts:
+        print_parts(args.parts, args.steps)
         return
     peak = convolution_gflops()
     rows = compare(args.cases, args.variants, args.steps)
