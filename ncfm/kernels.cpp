@@ -1,12 +1,12 @@
 // What a step on a CPU spends its time on, in float32.
 //
-// Blocks of a ConvNet whose weights are frozen: 3x3 convolution, instance norm, ReLU and 2x2 average
-// pooling, forward and back to the input. What a block computes on the way stays in a core's cache,
-// and an image's numbers depend on it alone, not on the others or on the threads. Convolutions of
-// maps are Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section 4.3): a tile of 4x4
-// outputs comes from one of 6x6 inputs, transformed, by 36 products over the channels where the
-// definition has 144. Those of images are products with the neighbourhoods of pixels. Convolutions
-// need no bias: the norm subtracts it.
+// Blocks of a ConvNet whose weights are frozen: 3x3 convolution, instance norm, ReLU and 2x2
+// average pooling, forward and back to the input. What a block computes on the way stays in a
+// core's cache, and an image's numbers depend on it alone, not on the others or on the threads.
+// Convolutions of maps are Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section
+// 4.3): a tile of 4x4 outputs comes from one of 6x6 inputs, transformed, by 36 products over the
+// channels where the definition has 144. Those of images are products with the neighbourhoods of
+// pixels. Convolutions need no bias: the norm subtracts it.
 //
 // And the gradient of psi's objective: a product of which only sums over draws are written.
 //
@@ -34,7 +34,7 @@ constexpr int PANEL = 16, PIECES = PANEL / WIDTH;
 constexpr Index TILES = 16;      // transformed together
 constexpr Index TOGETHER = 128;  // features of whose samples a core keeps its share in its cache
 
-typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
@@ -48,8 +48,8 @@ struct Array {
 
 // ---------------------------------------------------------------- products
 
-// A matrix on the left: rows `stride` apart, each of `parts` parts, `apart` apart, of `length` numbers,
-// `step` apart.
+// A matrix on the left: rows `stride` apart, each of `parts` parts, `apart` apart, of `length`
+// numbers, `step` apart.
 struct Left {
     const float* data;
     Index stride, parts, length, apart, step = 1;
@@ -220,8 +220,8 @@ void convolve(const float* frame, const Frame& f, const float* panels, Index col
                 columns, maps + i * f.width * PANEL, f.height * f.width * PANEL);
 }
 
-// The way back: every pixel's share of the maps' slopes, (columns / 16, height, width, 16), of which
-// the first 9 channels count, added to the pixels that the maps' pixel comes from.
+// The way back: every pixel's share of the maps' slopes, (columns / 16, height, width, 16), of
+// which the first 9 channels count, added to the pixels that the maps' pixel comes from.
 void put_back(const float* shares, const Frame& f, float* frame) {
     const Index panel = f.height * f.width * PANEL;
     std::fill_n(frame, f.size(), 0.0f);
@@ -272,7 +272,8 @@ void activate(const float* maps, Index height, Index width, const Norm& norm, In
             const Vector x = pixel(i, j) - mean;
             return x * x;
         });
-        for (int lane = 0; lane < WIDTH; lane++) rate[lane] = 1 / std::sqrt(rate[lane] + norm.epsilon);
+        for (int lane = 0; lane < WIDTH; lane++)
+            rate[lane] = 1 / std::sqrt(rate[lane] + norm.epsilon);
         store(statistics + c, mean);
         store(statistics + PANEL + c, rate);
         const Vector scale = rate * load(norm.scale + channel + c);
@@ -333,16 +334,17 @@ struct Block {
     float epsilon;
 };
 
-// x -> pooled, maps (outputs / 16, height / 2, width / 2, 16) of each image. For the way back, unless
-// they are null: maps, of the convolution, and statistics (outputs / 16, 2, 16) of each image.
+// x -> pooled, maps (outputs / 16, height / 2, width / 2, 16) of each image. For the way back,
+// unless they are null: maps, of the convolution, and statistics (outputs / 16, 2, 16) of each
+// image.
 void block_forward(const Block* block, Index images, const float* x, float* pooled, float* maps,
                    float* statistics, Index threads) {
     const Block& b = *block;
     const Norm norm{b.scale, b.shift, b.epsilon};
     const Maps in{images, b.channels, b.height, b.width}, out{images, b.outputs, b.height, b.width};
     const Frame frame{b.channels, b.height, b.width, b.padding};
-    const Index half = b.height / 2 * (b.width / 2) * PANEL, count = b.of_images ? 1 : together(in, threads);
-    const Index all_panels = b.outputs / PANEL;
+    const Index half = b.height / 2 * (b.width / 2) * PANEL, all_panels = b.outputs / PANEL;
+    const Index count = b.of_images ? 1 : together(in, threads);
 #pragma omp parallel num_threads(threads)
     {
         const Array space(b.of_images ? frame.size() : winograd_space(b.channels, b.outputs));
@@ -363,7 +365,8 @@ void block_forward(const Block* block, Index images, const float* x, float* pool
                     float* made = maps ? maps + first * out.image() + panel * out.panel() : own;
                     convolve(space, frame, b.kernels + panel * PANEL * 9 * b.channels,
                              columns * PANEL, made);
-                    for (Index k = 0; k < columns; k++) finish(made + k * out.panel(), first, panel + k);
+                    for (Index k = 0; k < columns; k++)
+                        finish(made + k * out.panel(), first, panel + k);
                 }
             } else {
                 float* made = maps ? maps + first * out.image() : own;
@@ -383,8 +386,8 @@ void block_backward(const Block* block, Index images, const float* pooled, const
     const Norm norm{b.scale, b.shift, b.epsilon};
     const Maps in{images, b.channels, b.height, b.width}, out{images, b.outputs, b.height, b.width};
     const Frame frame{b.channels, b.height, b.width, b.padding};
-    const Index half = b.height / 2 * (b.width / 2) * PANEL, count = b.of_images ? 1 : together(in, threads);
-    const Index all_panels = b.outputs / PANEL;
+    const Index half = b.height / 2 * (b.width / 2) * PANEL, all_panels = b.outputs / PANEL;
+    const Index count = b.of_images ? 1 : together(in, threads);
     const Index columns = (9 * b.channels + PANEL - 1) / PANEL * PANEL;
 #pragma omp parallel num_threads(threads)
     {
@@ -418,8 +421,8 @@ void block_backward(const Block* block, Index images, const float* pooled, const
     }
 }
 
-// Samples (samples, features), their cosines and sines (samples, components draws), and the slopes of
-// the sums of both, cosines first.
+// Samples (samples, features), their cosines and sines (samples, components draws), and the slopes
+// of the sums of both, cosines first.
 struct Side {
     const float *cosines, *sines, *slopes, *samples;
     Index count;
