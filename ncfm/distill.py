@@ -21,7 +21,7 @@ from ncfm.compilation import can_compile
 from ncfm.extractors import ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
-from ncfm.images import ImageSpec, to_unit
+from ncfm.images import ImageSpec, to_device, to_unit
 from ncfm.matching import Match, match_means
 from ncfm.memory import keep_freed_memory
 from ncfm.seeding import keyed_generator
@@ -288,11 +288,9 @@ class Distiller:
             else:
                 match = Match(x, y, t, self.communicator, kernels=self.kernels)
                 values, gradients = match.descent(cfg.alpha)
-            self._check_finite(values, part)
             losses.append(values)
             if ascent is not None:
                 objectives.append(match.objective(self.frequencies, cfg.alpha))
-                self._check_finite(objectives[-1], part)
             # (1) min: from the features back to the pixels
             backward(gradients)
             del gradients, backward  # and the graph, before psi's gradient needs memory
@@ -304,6 +302,9 @@ class Distiller:
         metrics = {"ncfd": torch.cat(losses).sum() / members}
         if cfg.calibration:
             metrics["calibration"] = self._calibrate(stored, prepare) / members
+        slopes = [p.grad.sum() for p in stored if p.grad is not None]
+        found = [torch.cat(losses), *([torch.cat(objectives)] if objectives else [])]
+        self._check_finite(*found, torch.stack(slopes))  # the only time that a step waits for a GPU
         self._step_images(stored)
         if ascent is not None:
             metrics["psi_objective"] = torch.cat(objectives).sum() / members
@@ -312,15 +313,13 @@ class Distiller:
             t, log_scales = self._frequencies(inner * ascents + number)
             ascent = _PsiGradient(log_scales, self.num_classes)
             match = Match(seen_x, seen_y, t, self.communicator, kernels=self.kernels)
-            self._check_finite(match.objective(self.frequencies, cfg.alpha), slice(None))
+            self._check_finite(match.objective(self.frequencies, cfg.alpha))
             ascent.add(match.scale_gradients(self.frequencies.num_components))
             self._step_psi(ascent)
         return metrics
 
     def _step_images(self, stored: list[Tensor]) -> None:
         cfg = self.config
-        slopes = [p.grad.sum() for p in stored if p.grad is not None]
-        self._check_finite(torch.stack(slopes), slice(None))
         for parameter, copy in zip(self.images.values(), stored, strict=True):
             parameter.grad = copy.grad
             # Class by class: what a class does must not depend on which others share its worker.
@@ -354,11 +353,11 @@ class Distiller:
             return self.sampler.draw(generator)
         return self.sampler(generator).to(self.dtype), None
 
-    def _check_finite(self, values: Tensor, part: slice) -> None:
-        finite = torch.isfinite(values.detach())
-        if not finite.all():
-            classes = list(self.images)[part]
-            bad = [c for c, fine in zip(classes, finite.tolist(), strict=True) if not fine]
+    def _check_finite(self, *values: Tensor) -> None:
+        """Of all classes, each (C,)."""
+        finite = torch.isfinite(torch.stack(values)).all(0).tolist()
+        if not all(finite):
+            bad = [c for c, fine in zip(self.images, finite, strict=True) if not fine]
             raise NonFiniteLossError(self.step, bad)
 
     def _calibrate(self, stored: list[Tensor], prepare: Prepare) -> Tensor:
@@ -370,7 +369,7 @@ class Distiller:
         model = self.pool.blend(index, 1.0)
         counts = [self.factor**2 * len(p) for p in stored]
         labels = torch.tensor(list(self.images)).repeat_interleave(torch.tensor(counts))
-        labels = labels.to(self.device)
+        labels = to_device(labels, self.device)
         weights = torch.cat([p.new_full((n,), 1 / n) for p, n in zip(stored, counts, strict=True)])
         total, start = torch.zeros((), device=self.device, dtype=self.dtype), 0
         for inputs in self._synthetic_inputs(stored, slice(None), prepare):
@@ -391,7 +390,7 @@ class Distiller:
         none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype, device=self.device)
         features = [none]
         for images, group in _chunks(batches, part, PREPARED_CHUNKS * self.chunk_size):
-            inputs = prepare(to_unit(images.to(self.device)).to(self.dtype), group)
+            inputs = prepare(to_unit(to_device(images, self.device)).to(self.dtype), group)
             features += [self._features(chunk) for chunk in inputs.split(self.pass_size)]
         counts = [len(batch) for batch in batches[part]]
         return list(self._compared(torch.cat(features)).split(counts))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ncfm.images import ImageSource, ImageSpec, to_unit
+from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from ncfm.threads import mapped
@@ -99,7 +99,7 @@ def confusion_matrix(
 
     def classify(images: Tensor) -> Tensor:
         with torch.no_grad():  # in its thread, too
-            said: Tensor = model(spec.normalize(to_unit(images.to(device)))).argmax(1)
+            said: Tensor = model(spec.normalize(to_unit(to_device(images, device)))).argmax(1)
         return said.cpu()
 
     with mapped(threads) as each:

@@ -1,5 +1,6 @@
 """What the images of a data set look like, and sets of them small enough for memory."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,10 +35,23 @@ class ImageSpec:
 
     def normalize(self, images: Tensor) -> Tensor:
         """(..., C, H, W) in [0, 1] -> zero mean, unit variance per channel of the training set."""
-        shape = (self.channels, 1, 1)
-        return (images - images.new_tensor(self.mean).view(shape)) / images.new_tensor(
-            self.std
-        ).view(shape)
+        mean, std = (_per_channel(v, images.dtype, images.device) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+
+@functools.lru_cache
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, 1, 1); made once, since a GPU would be waited for each time."""
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. A copy from the CPU to a GPU goes through page-locked memory, so that
+    nothing waits for it.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
-from ncfm.images import ImageSource, ImageSpec, to_unit
+from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
 from ncfm.memory import keep_freed_memory
 from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
@@ -116,8 +116,8 @@ def train(
             for images, labels in source.epoch(
                 config.batch_size, keyed_generator(seed, "train_order", epoch)
             ):
-                x = spec.normalize(to_unit(images.to(device)))
-                y = _one_hot(labels.to(device), spec.num_classes)
+                x = spec.normalize(to_unit(to_device(images, device)))
+                y = _one_hot(to_device(labels, device), spec.num_classes)
                 x = augment.apply(x, augment.draw([draws], len(x)), torch.arange(len(x)))
                 if (
                     config.cutmix_prob

@@ -100,7 +100,11 @@ class Loop:
         self.group = next(group for group in self.groups if self.context.rank in group.ranks)
         budget = job.stream.memory_budget_mib * 2**20
         self.streams = ClassStreams(
-            shards, self.group.classes, memory_budget_bytes=budget, seed=job.seed
+            shards,
+            self.group.classes,
+            memory_budget_bytes=budget,
+            seed=job.seed,
+            device=self.context.device,
         )
         about = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
         self.hosts = [host for _, host in about]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfm.images import InMemoryImages
+from ncfm.images import InMemoryImages, to_device
 from ncfm.seeding import keyed_generator
 from pipeline.shard_reader import ShardError, ShardReader, ShardSet, decode_threads
 from pipeline.sources import Split
@@ -25,6 +25,7 @@ __all__ = ["ClassStreams", "ShardError", "ShardSet", "StreamedImages", "pool_siz
 logger = logging.getLogger(__name__)
 
 REAL_BATCH = "real_batch"
+GPU_SHARE = 0.25  # of a GPU's free memory; the rest is the step's
 
 
 def pool_sizes(counts: Sequence[int], budget: int) -> list[int]:
@@ -51,6 +52,9 @@ class ClassStreams:
     order (shards in an order that follows from the seed), and every `rotate_every` steps it moves
     on by `rotate_share` of P. So every image is in the pool for the same number of steps. The
     images of the next move are decoded meanwhile; they count in the budget.
+
+    Where all pools fit a quarter of what is free on the GPU, they are in its memory, and a batch
+    never crosses the bus. Elsewhere they are in the worker's.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ClassStreams:
         split: Split = "train",
         rotate_every: int = 16,
         rotate_share: float = 0.125,
+        device: torch.device | str = "cpu",
     ) -> None:
         if rotate_every < 1:
             raise ValueError(f"rotate_every must be at least 1 step, got {rotate_every}")
@@ -71,15 +76,18 @@ class ClassStreams:
         self._seed, self._rotate_every, self._threads = seed, rotate_every, decode_threads()
         self._told: set[int] = set()
         sizes = pool_sizes(shards.counts(split), memory_budget_bytes // shards.image_bytes)
+        rooms = {c: sizes[c] for c in classes}
+        place = _pools_device(sum(rooms.values()) * shards.image_bytes, torch.device(device))
         self._pools = {
             c: _ClassPool(
-                _cyclic_order(shards, split, c, seed), sizes[c], rotate_share, self._threads
+                _cyclic_order(shards, split, c, seed), room, rotate_share, self._threads, place
             )
-            for c in classes
+            for c, room in rooms.items()
         }
 
     def batch(self, class_index: int, step: int, size: int, *, purpose: str = REAL_BATCH) -> Tensor:
-        """(n, C, H, W) uint8: n = min(size, images of the class) of them, each at most once.
+        """(n, C, H, W) uint8: n = min(size, images of the class) of them, each at most once; where
+        the pools are.
 
         The real batches of the steps come from the pool; a draw for any other purpose is from the
         whole class, read from the shards, whatever the budget. Raises ShardError, and ValueError if
@@ -101,7 +109,8 @@ class ClassStreams:
                 f"about {size / max(pool.size, 1):.1f} times as much would do"
             )
         images = pool.at(step // self._rotate_every)
-        return images[torch.randperm(pool.size, generator=generator)[:size]]
+        chosen = torch.randperm(pool.size, generator=generator)[:size]
+        return images[to_device(chosen, images.device)]
 
     def _tell_small_classes(self, size: int) -> None:
         """Say once which classes are smaller than a batch."""
@@ -155,9 +164,14 @@ class _ClassPool:
     """The images of one class that are in memory: all, or a window that moves on."""
 
     def __init__(
-        self, order: _Order, room: int, rotate_share: float, threads: ThreadPoolExecutor
+        self,
+        order: _Order,
+        room: int,
+        rotate_share: float,
+        threads: ThreadPoolExecutor,
+        device: torch.device,
     ) -> None:
-        self.order, self._threads = order, threads
+        self.order, self._threads, self._device = order, threads, device
         resident = room >= order.count
         # Of the room of a rotating class a part is for the images of the next move.
         self.size = order.count if resident else int(room / (1 + rotate_share))
@@ -175,15 +189,23 @@ class _ClassPool:
         start = rotation * self._advance
         if self._next is not None and rotation - 1 == self._rotation:
             fresh = range(start - self._advance + self.size, start + self.size)
-            self._images[_slots(fresh, self.size)] = self._next.result()
+            places = to_device(_slots(fresh, self.size), self._device)
+            self._images[places] = to_device(self._next.result(), self._device)
         else:  # the first step of a run, or a jump
             window = [start + (slot - start) % self.size for slot in range(self.size)]
-            self._images = self.order.read(window, self._threads)
+            self._images = to_device(self.order.read(window, self._threads), self._device)
         self._rotation = rotation
         if self._advance:
             coming = range(start + self.size, start + self.size + self._advance)
             self._next = self._threads.submit(self.order.read, coming)
         return self._images
+
+
+def _pools_device(size: int, device: torch.device) -> torch.device:
+    """Where pools of so many bytes are."""
+    if device.type == "cuda" and size <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")
 
 
 def _slots(places: range, size: int) -> Tensor:
