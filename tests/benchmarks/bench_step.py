@@ -2,11 +2,13 @@
 
     python tests/benchmarks/bench_step.py --out runs/bench [--cases 32 128] [--steps 5]
     python tests/benchmarks/bench_step.py --parts 32-psi
+    python tests/benchmarks/bench_step.py --device cuda --cases cifar100 cifar100-psi
 
 Each variant lives in a process of its own, since allocators and compiled code outlast a step, and
 the variants take turns, a step each. Prints a table and writes step.json: median seconds, their
-ratio, MiB that a step takes beyond what its process holds between steps, and the FLOP rate beside
-that of this machine's convolutions alone. `--parts`: where the time of the compiled step goes.
+ratio, MiB that a step takes beyond what its process holds between steps (on a GPU all that is
+allocated there, weights and images included), and the FLOP rate beside that of this machine's
+convolutions alone. `--parts`: where the time of the compiled step goes, on a CPU.
 """
 
 import argparse
@@ -45,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "32-batch256": {"size": 32, "classes": 10, "real": 256, "ipc": 20},
     "32-classes100": {"size": 32, "classes": 100, "real": 128, "ipc": 10},
     "32-classes100-psi": {"size": 32, "classes": 100, "real": 128, "ipc": 10, "psi": True},
+    "cifar100": {"size": 32, "classes": 100, "real": 1024, "ipc": 10},  # the paper's table 3
+    "cifar100-psi": {"size": 32, "classes": 100, "real": 1024, "ipc": 10, "psi": True},
 }
 VARIANTS = ("reference", "eager", "compiled", "bfloat16")  # the last one is compiled, too
 
@@ -56,10 +60,10 @@ def network(size: int, classes: int, seed: int) -> Classifier:
 class Variant:
     """What a process runs: one case, by our step or by the reference."""
 
-    def __init__(self, case: dict[str, Any], name: str) -> None:
+    def __init__(self, case: dict[str, Any], name: str, device: torch.device) -> None:
         reference = name == "reference"
         size, classes = case["size"], case["classes"]
-        self.case = case
+        self.case, self.device = case, device
         if reference:  # the plain loop leaves the allocator as it is
             ncfm.distill.keep_freed_memory = lambda: False
         spec = ImageSpec(
@@ -80,7 +84,7 @@ class Variant:
             {c: images(case["ipc"], c).float() / 255 for c in range(classes)},
             factor=2,
             spec=spec,
-            pool=ExtractorPool(network(size, classes, 0), pairs),
+            pool=ExtractorPool(network(size, classes, 0), pairs, device=device),
             seed=0,
             config=DistillConfig(
                 calibration=case.get("calibration", 0.0),
@@ -89,8 +93,9 @@ class Variant:
             ),
             frequencies=FrequencyConfig(sampler="psi" if case.get("psi") else "gaussian"),
             augment=AugmentConfig(),
+            device=device,
         )
-        self.real = {c: images(case["real"], 1000 + c) for c in range(classes)}
+        self.real = {c: images(case["real"], 1000 + c).to(device) for c in range(classes)}
         self.loop: Distiller | ReferenceLoop = distiller
         if reference:
             folder = Path(tempfile.mkdtemp())
@@ -101,10 +106,15 @@ class Variant:
     def step(self) -> float:
         began = time.perf_counter()
         self.loop.update(self.real)
+        synchronize(self.device)
         return time.perf_counter() - began
 
     def step_mib(self) -> float:
-        """MiB that a step takes at its height, beyond what is held before it."""
+        """MiB that a step takes at its height, beyond what is held before it; on a GPU, with it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated() / 2**20
         ctypes.CDLL(None).malloc_trim(0)
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the greatest so far
@@ -135,23 +145,41 @@ def _status(name: str) -> int:
     raise LookupError(name)
 
 
-def convolution_gflops() -> float:
-    """GFLOP a second of the widest convolution of ConvNet-3 alone."""
-    x, weight = torch.rand(16, 128, 16, 16), torch.rand(128, 128, 3, 3)
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def convolution_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP a second of the widest convolution of ConvNet-3 alone, as it is quickest there."""
+    on_gpu = device.type == "cuda"
+    count = 1024 if on_gpu else 16
+    layout = torch.channels_last if on_gpu else torch.contiguous_format
+    x, weight = (
+        torch.rand(*shape, device=device).to(dtype, memory_format=layout)
+        for shape in ((count, 128, 16, 16), (128, 128, 3, 3))
+    )
     seconds = []
     with torch.no_grad():
         for _ in range(50):
+            synchronize(device)
             began = time.perf_counter()
             torch.nn.functional.conv2d(x, weight, padding=1)
+            synchronize(device)
             seconds.append(time.perf_counter() - began)
-    return 2 * 16 * 128 * 128 * 9 * 16 * 16 / statistics.median(seconds) / 1e9
+    return 2 * count * 128 * 128 * 9 * 16 * 16 / statistics.median(seconds) / 1e9
 
 
 class Process:
     """A Variant in a process of its own, asked through a pipe."""
 
-    def __init__(self, case: str, variant: str) -> None:
-        command = [sys.executable, __file__, "--serve", case, variant]
+    def __init__(self, case: str, variant: str, device: torch.device) -> None:
+        command = [sys.executable, __file__, "--device", str(device), "--serve", case, variant]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -172,17 +200,21 @@ class Process:
         self.process.wait()
 
 
-def serve(case: str, name: str) -> None:
+def serve(case: str, name: str, device: torch.device) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints
-    variant = Variant(CASES[case], name)
+    variant = Variant(CASES[case], name, device)
     for line in sys.stdin:
         print(getattr(variant, line.strip())(), file=answers, flush=True)
 
 
-def compare(names: list[str], variants: list[str], steps: int) -> list[dict[str, Any]]:
+def compare(
+    names: list[str], variants: list[str], steps: int, device: torch.device
+) -> list[dict[str, Any]]:
     """Rows of all cases and variants; the steps take turns, over all of them."""
-    processes = {(name, variant): Process(name, variant) for name in names for variant in variants}
+    processes = {
+        (name, variant): Process(name, variant, device) for name in names for variant in variants
+    }
     for process in processes.values():
         for _ in range(2):  # compile, warm up
             process.ask("step")
@@ -243,7 +275,7 @@ def print_parts(case: str, steps: int) -> None:
 
     for part, (owner, name) in PARTS.items():
         setattr(owner, name, timed(part, getattr(owner, name)))
-    variant = Variant(CASES[case], "compiled")
+    variant = Variant(CASES[case], "compiled", torch.device("cpu"))
     for _ in range(2):
         variant.step()
     seconds.update(dict.fromkeys(seconds, 0.0))
@@ -261,21 +293,31 @@ def main() -> None:
         "--variants", nargs="+", choices=VARIANTS, default=["reference", "eager", "compiled"]
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--parts", choices=CASES)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(*args.serve)
+        serve(*args.serve, args.device)
         return
     if args.parts:
+        if args.device.type != "cpu":
+            parser.error("--parts times a step on a CPU: on a GPU the clock sees launches alone")
         print_parts(args.parts, args.steps)
         return
-    peak = convolution_gflops()
-    rows = compare(args.cases, args.variants, args.steps)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    peaks = {
+        name: convolution_gflops(args.device, getattr(torch, name))
+        for name in {"bfloat16" if v == "bfloat16" else "float32" for v in args.variants}
+    }
+    rows = compare(args.cases, args.variants, args.steps, args.device)
+    print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
     print(
         f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} GFLOP/s"
     )
     for row in rows:
+        peak = peaks["bfloat16" if row["variant"] == "bfloat16" else "float32"]
         print(
             f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
             f"{row.get('times_faster', float('nan')):7.2f} {row['step_mib']:6.0f} "
@@ -284,7 +326,8 @@ def main() -> None:
         )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        result = {"threads": torch.get_num_threads(), "convolution_gflops": peak, "rows": rows}
+        result = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+        result |= {"convolution_gflops": peaks, "rows": rows}
         (args.out / "step.json").write_text(json.dumps(result, indent=1))
 
 

@@ -51,14 +51,15 @@ class ReferenceLoop:
         """`weights` holds pairs of state dicts, <n>.pt = (initial, trained); `model` is a network
         of that kind, its parameters trainable as a network's are.
         """
-        self.like, self.model, self.weights = distiller, plain(model).eval(), weights
+        self.like, self.weights = distiller, weights
+        self.model = plain(model).eval().to(distiller.device)
         self.images = {c: nn.Parameter(p.detach().clone()) for c, p in distiller.images.items()}
         cfg = distiller.config
         self.optimizer = torch.optim.AdamW(
             self.images.values(), lr=cfg.lr, weight_decay=cfg.weight_decay
         )
         self.psi = type(distiller.sampler)(distiller.frequencies, model.num_features)
-        self.psi.load_state_dict(distiller.sampler.state_dict())
+        self.psi.to(distiller.device).load_state_dict(distiller.sampler.state_dict())
         self.psi_optimizer = (
             torch.optim.Adam(self.psi.parameters(), lr=distiller.frequencies.lr, maximize=True)
             if isinstance(self.psi, ScaleMixture)
@@ -75,7 +76,7 @@ class ReferenceLoop:
         generator = self._generator("extractor")
         member = int(torch.randint(len(self.like.pool), (), generator=generator))
         beta = low + (high - low) * float(torch.rand((), generator=generator))
-        initial, trained = torch.load(self.weights / f"{member}.pt")
+        initial, trained = torch.load(self.weights / f"{member}.pt", map_location=self.like.device)
         self.model.load_state_dict({k: initial[k].lerp(trained[k], beta) for k in initial})
         return self.model
 
@@ -97,11 +98,13 @@ class ReferenceLoop:
         def add(name: str, value: Tensor) -> None:
             metrics[name] = metrics.get(name, 0.0) + value.item()
 
-        t = self.psi(self._generator("frequencies", 0)).to(like.dtype)
+        generator = keyed_generator(like.seed, "frequencies", self.step, 0, device=like.device)
+        t = self.psi(generator).to(like.dtype)
         psi_gradients = []
         for group, c in enumerate(self.images):
             with torch.no_grad():
-                x = self._features(augmented((real[c].float() / 255).to(like.dtype), group))
+                batch = real[c].to(like.device).float() / 255
+                x = self._features(augmented(batch.to(like.dtype), group))
             y = self._features(augmented(decode(self.images[c], like.factor), group))
             loss = discrepancy(x, y, t)
             add("ncfd", loss)
@@ -128,7 +131,9 @@ class ReferenceLoop:
             self._load((1.0, 1.0))
             for group, c in enumerate(self.images):
                 images = augmented(decode(self.images[c], like.factor), group)
-                loss = F.cross_entropy(self.model(images), torch.full((len(images),), c))
+                loss = F.cross_entropy(
+                    self.model(images), torch.full((len(images),), c, device=like.device)
+                )
                 add("calibration", loss)
                 (cfg.calibration * loss).backward()
         self.optimizer.step()

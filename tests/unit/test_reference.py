@@ -44,11 +44,17 @@ def images(count: int, c: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 REAL = {c: images(11 + c, 100 + c) for c in range(CLASSES)}
 
 
 def pair(
-    folder: Path, config: DistillConfig, sampler: str = "gaussian"
+    folder: Path, config: DistillConfig, sampler: str = "gaussian", device: str = "cpu"
 ) -> tuple[Distiller, ReferenceLoop]:
     """Both loops, before their first step."""
     pairs = [(network(i).state_dict(), network(10 + i).state_dict()) for i in range(2)]
@@ -56,11 +62,12 @@ def pair(
         {c: images(2, c) / 255 for c in range(CLASSES)},
         factor=2,
         spec=SPEC,
-        pool=ExtractorPool(network(0), pairs),
+        pool=ExtractorPool(network(0), pairs, device=device),
         seed=3,
         config=config,
         frequencies=dataclasses.replace(FREQUENCIES, sampler=sampler),  # type: ignore[arg-type]
         augment=AugmentConfig(),
+        device=device,
     )
     dtype = getattr(torch, config.precision)
     for number, states in enumerate(pairs):
@@ -84,12 +91,15 @@ def both_gradients(distiller: Distiller, reference: ReferenceLoop) -> tuple[Tens
     return torch.stack(ours), torch.stack(theirs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk_size", [8, 64])
 @pytest.mark.parametrize("calibration", [0.0, 0.5])
-def test_fixed_frequencies(tmp_path: Path, calibration: float, chunk_size: int) -> None:
+def test_fixed_frequencies(
+    tmp_path: Path, calibration: float, chunk_size: int, device: str
+) -> None:
     """The loss, the gradient and the images of every step, in float64."""
     config = dataclasses.replace(CONFIG, calibration=calibration, chunk_size=chunk_size)
-    distiller, reference = pair(tmp_path, config)
+    distiller, reference = pair(tmp_path, config, device=device)
     for step in range(3):
         ours, theirs = distiller.update(REAL), reference.update(REAL)
         assert float(ours["ncfd"]) == pytest.approx(theirs["ncfd"], abs=ROUNDED_OFF)
@@ -102,10 +112,12 @@ def test_fixed_frequencies(tmp_path: Path, calibration: float, chunk_size: int) 
             torch.testing.assert_close(image, reference.images[c], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk_size", [8, 64])
-def test_psi(tmp_path: Path, chunk_size: int) -> None:
+def test_psi(tmp_path: Path, chunk_size: int, device: str) -> None:
     """psi's objective and gradient, and images and psi of every step, in float64."""
-    distiller, reference = pair(tmp_path, dataclasses.replace(CONFIG, chunk_size=chunk_size), "psi")
+    config = dataclasses.replace(CONFIG, chunk_size=chunk_size)
+    distiller, reference = pair(tmp_path, config, "psi", device)
     reference.psi.double()
     for step in range(3):
         ours, theirs = distiller.update(REAL), reference.update(REAL)
