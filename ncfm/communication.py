@@ -51,7 +51,7 @@ def group_total(share: Tensor, communicator: Communicator) -> Tensor:
     return share if communicator.members == 1 else communicator.sum_group(share.clone())
 
 
-def own_parts(tensors: Sequence[Tensor], communicator: Communicator) -> list[Tensor]:
-    """This member's part of the rows of each; a part is empty if there are too few."""
+def own_parts(tensors: Sequence[Tensor], communicator: Communicator, dim: int = 0) -> list[Tensor]:
+    """This member's part of each along a dimension; it is empty if there is too little of it."""
     members, member = communicator.members, communicator.member
-    return [tensor.tensor_split(members)[member] for tensor in tensors]
+    return [tensor.tensor_split(members, dim)[member] for tensor in tensors]

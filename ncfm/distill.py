@@ -512,9 +512,10 @@ class _PsiGradient:
         self.total = torch.zeros_like(log_scales, dtype=torch.float64, requires_grad=False)
 
     def add(self, slopes: Iterable[Tensor]) -> None:
-        """The gradients of some classes' objectives with respect to the log-scales, (M, D) each."""
-        for slope in slopes:
-            self.total += slope.div_(GRADIENT_GRID * self.num_classes).round_()
+        """The gradients of some classes' objectives with respect to the log-scales, (C, M, D)."""
+        for some in slopes:
+            rounded = some.div_(GRADIENT_GRID * self.num_classes).round_()
+            self.total += rounded.sum(0, dtype=self.total.dtype)
 
     def set(self, communicator: Communicator) -> None:
         """Put that of the mean over all classes on all workers where an optimiser finds it."""

@@ -7,10 +7,19 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, without autograd. In float32 on a CPU by oneDNN, as convolutions are: on
-    AMD's processors MKL, which `@` asks, is half as fast.
+    """a @ b of matrices, or of as many matrices (C, ...) as `@` takes, without autograd. In float32
+    on a CPU by oneDNN, as convolutions are: on AMD's processors MKL, which `@` asks, is half as
+    fast.
     """
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not ONEDNN or not a.numel():
+    if a.ndim == 3 and len(a) == 1:
+        return product(a[0], b[0] if b.ndim == 3 else b)[None]
+    if (
+        a.device.type != "cpu"
+        or a.dtype != torch.float32
+        or a.ndim != 2
+        or not ONEDNN
+        or not a.numel()
+    ):
         return a @ b
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
     return result

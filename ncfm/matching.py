@@ -19,29 +19,34 @@ from ncfm.kernels import can_sum_draws, scale_gradient
 from ncfm.linalg import product
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
+GROUP_SAMPLES = {"cpu": 1, "cuda": 2**14}
+"""Samples of classes that are computed on together. A CPU has them in its cache one by one; a GPU
+would wait for the next operation most of the time.
+"""
 
 
 class Waves(NamedTuple):
-    """cos<t_k, x_n> and sin<t_k, x_n>, each (N, K)."""
+    """cos<t_k, x_n> and sin<t_k, x_n>, each (C, N, K)."""
 
     cos: Tensor
     sin: Tensor
 
     def sums(self) -> Tensor:
-        """The CF sums and N, (2 K + 1,): they add over samples and workers."""
-        size = self.cos.new_full((1,), len(self.cos))
-        return torch.cat([self.cos.sum(0), self.sin.sum(0), size])
+        """The CF sums and N, (C, 2 K + 1): they add over samples and workers."""
+        classes, size, _ = self.cos.shape
+        sizes = self.cos.new_full((classes, 1), size)
+        return torch.cat([self.cos.sum(1), self.sin.sum(1), sizes], 1)
 
-    def angle_gradient(self, slope: Tensor) -> Tensor:
-        """Of a function of the sums of cosines and of sines, with this slope (2, K), w.r.t. the
-        angles <t_k, x_n>: (N, K). Times t, it is the gradient w.r.t. x; transposed, times x, that
-        w.r.t. t.
+    def angle_gradient(self, slopes: Tensor) -> Tensor:
+        """Of a function of the sums of cosines and of sines, with these slopes (C, 2, K), w.r.t.
+        the angles <t_k, x_n>: (C, N, K). Times t, it is the gradient w.r.t. x; transposed, times x,
+        that w.r.t. t.
         """
-        return self.cos * slope[1] - self.sin * slope[0]
+        return self.cos * slopes[:, 1:] - self.sin * slopes[:, :1]
 
 
 def waves(x: Tensor, t: Tensor) -> Waves:
-    """Of samples x (N, D) at frequencies t (K, D)."""
+    """Of samples x (C, N, D) at frequencies t (K, D)."""
     angles = product(x, t.mT)
     return Waves(angles.cos(), angles.sin())
 
@@ -64,11 +69,15 @@ class Match:
         *,
         kernels: bool = False,
     ) -> None:
-        self.x, self.y, self.t, self.communicator = x, y, t, communicator
-        self.kernels = kernels
-        self.waves_x, self.waves_y = ([waves(part, t) for part in side] for side in (x, y))
-        self.sums_x = group_total(torch.stack([w.sums() for w in self.waves_x]), communicator)
-        self.sums_y = torch.stack([w.sums() for w in self.waves_y])
+        self.t, self.communicator, self.kernels = t, communicator, kernels
+        # Neighbouring classes of the same sizes, (C, N, D) a group.
+        self.groups = _alike(x, y, GROUP_SAMPLES.get(t.device.type, GROUP_SAMPLES["cuda"]))
+        self.x, self.y = ([_stack(side[group]) for group in self.groups] for side in (x, y))
+        self.waves_x, self.waves_y = (
+            [waves(part, t) for part in side] for side in (self.x, self.y)
+        )
+        self.sums_x = group_total(torch.cat([w.sums() for w in self.waves_x]), communicator)
+        self.sums_y = torch.cat([w.sums() for w in self.waves_y])
         self.phi_x, self.phi_y = self._cf(self.sums_x), self._cf(self.sums_y)
 
     def _cf(self, sums: Tensor) -> CF:
@@ -81,8 +90,9 @@ class Match:
         values = ncfd(self.phi_x, self.phi_y, alpha)
         (slopes,) = _sum_slopes(values, (self.phi_y, self.sums_y))
         gradients = [
-            product(w.angle_gradient(slope), self.t)
-            for w, slope in zip(self.waves_y, slopes, strict=True)
+            gradient
+            for group, w in zip(self.groups, self.waves_y, strict=True)
+            for gradient in product(w.angle_gradient(slopes[group]), self.t)
         ]
         return values.detach(), gradients
 
@@ -96,27 +106,52 @@ class Match:
 
     def scale_gradients(self, components: int) -> Iterator[Tensor]:
         """This member's share of the gradient of each class's objective w.r.t. the log-scales of
-        the components (M, D), of K / M neighbouring frequencies each: since t = sigma z, the sum of
-        t times the gradient w.r.t. t. Some components at a time: what is added up stays in the
-        cache, and nothing of shape (K, D) is made.
+        the components (M, D), of K / M neighbouring frequencies each, some classes at a time: (C,
+        M, D). Since t = sigma z, it is the sum of t times the gradient w.r.t. t, of some components
+        at a time: what is added up stays in the cache, and nothing of shape (K, D) is made.
         """
-        # All members have all of y: each counts its part alone, as it has its part of x.
-        mine = [Waves(*own_parts(w, self.communicator)) for w in self.waves_y]
-        own_y = own_parts(self.y, self.communicator)
-        for c, (slope_x, slope_y) in enumerate(zip(*self._slopes, strict=True)):
-            sides = (self.waves_x[c], slope_x, self.x[c]), (mine[c], slope_y, own_y[c])
+        for number, group in enumerate(self.groups):
+            slopes_x, slopes_y = (slopes[group] for slopes in self._slopes)
+            # All members have all of y: each counts its part alone, as it has its part of x.
+            *cos_sin, own_y = own_parts(
+                [*self.waves_y[number], self.y[number]], self.communicator, dim=1
+            )
+            sides = (
+                (self.waves_x[number], slopes_x, self.x[number]),
+                (Waves(*cos_sin), slopes_y, own_y),
+            )
             if self.kernels and can_sum_draws(self.t):
-                yield scale_gradient(sides, self.t, components)
+                for c in range(len(own_y)):
+                    of_class = [
+                        ((w.cos[c], w.sin[c]), slope[c], part[c]) for w, slope, part in sides
+                    ]
+                    yield scale_gradient(of_class, self.t, components)[None]
                 continue
-            angles = torch.cat([w.angle_gradient(slope) for w, slope, _ in sides])
-            features = torch.cat([samples for _, _, samples in sides])
+            angles = torch.cat([w.angle_gradient(slopes) for w, slopes, _ in sides], 1)
+            features = torch.cat([samples for _, _, samples in sides], 1)
             draws = len(self.t) // components
             rows = max(1, BLOCK_FREQS // draws) * draws
             parts = [
-                product(angle.mT, features).mul_(t).unflatten(0, (-1, draws)).sum(1)
-                for angle, t in zip(angles.split(rows, 1), self.t.split(rows), strict=True)
+                product(angle.mT, features).mul_(t).unflatten(1, (-1, draws)).sum(2)
+                for angle, t in zip(angles.split(rows, 2), self.t.split(rows), strict=True)
             ]
-            yield torch.cat(parts)
+            yield torch.cat(parts, 1)
+
+
+def _alike(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice]:
+    """Neighbouring classes of the same sizes, up to so many samples together, but at least one."""
+    sizes = [(len(a), len(b)) for a, b in zip(x, y, strict=True)]
+    groups, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        together = (end + 1 - start) * sum(sizes[start])
+        if end == len(sizes) or sizes[end] != sizes[start] or together > samples:
+            groups.append(slice(start, end))
+            start = end
+    return groups
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _sum_slopes(values: Tensor, *sides: tuple[CF, Tensor]) -> list[Tensor]:

@@ -54,7 +54,7 @@ def gradients(bench: study.Bench, images: Tensor, config: FrequencyConfig) -> Te
             ]
             match = Match(x, y, z, Alone())
             match.objective(config, 0.5)
-            rows.append(sum(g[0] for g in match.scale_gradients(1)))
+            rows.append(torch.cat(list(match.scale_gradients(1))).sum(0)[0])
     return torch.stack(rows).unflatten(0, (len(bench.pool), BATCHES))
 
 

@@ -177,7 +177,7 @@ def psi_gradients(
 ) -> list[Tensor]:
     match = Match(x, y, t, Alone(), kernels=kernels)
     match.objective(FrequencyConfig(sampler="psi"), 0.5)
-    return list(match.scale_gradients(components))
+    return list(torch.cat(list(match.scale_gradients(components))))
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,39 @@ from ncfm.communication import Alone
 from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
 from ncfm.linalg import product
-from ncfm.matching import Match, match_means
+from ncfm.matching import GROUP_SAMPLES, Match, match_means
 
-DIM, FREQS, REAL, SYNTHETIC = 6, 10, (7, 12, 1), (4, 2, 3)
+DIM, FREQS, REAL, SYNTHETIC = 6, 10, (12, 7, 7, 7, 1), (4, 2, 2, 3, 3)
 
 
 def rows(counts: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
     return [torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in counts]
 
 
-@pytest.fixture
-def features(generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], Tensor]:
+@pytest.fixture(params=[1, 100], ids=["apart", "together"])
+def features(
+    request: pytest.FixtureRequest, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Of classes that are computed on one by one, as on a CPU, or with their like, as on a GPU."""
+    monkeypatch.setitem(GROUP_SAMPLES, "cpu", request.param)
     x, y = rows(REAL, generator), rows(SYNTHETIC, generator)
     return x, y, torch.randn(FREQS, DIM, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("samples", "groups"), [(1, [1] * 5), (17, [1] * 5), (18, [1, 2, 1, 1]), (99, [1, 2, 1, 1])]
+)
+def test_classes_of_the_same_sizes_are_together(
+    samples: int,
+    groups: list[int],
+    features: tuple[list[Tensor], list[Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(GROUP_SAMPLES, "cpu", samples)
+    x, y, t = features
+    match = Match(x, y, t, Alone())
+    assert [len(part) for part in match.x] == groups
+    assert [group.stop - group.start for group in match.groups] == groups
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.2, 0.9])
@@ -52,7 +72,7 @@ def test_the_ascent(
     match = Match(x, y, t, Alone())
     match.descent(0.5)  # leaves nothing behind
     values = match.objective(config, 0.5)
-    gradients = list(match.scale_gradients(components))
+    gradients = list(torch.cat(list(match.scale_gradients(components))))
     assert len(gradients) == len(x)
     for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
         leaf = torch.zeros(components, DIM, dtype=torch.float64, requires_grad=True)
@@ -70,7 +90,7 @@ def test_the_members_of_a_group_count_every_sample_once(
     x, y, t = features
     config, whole = FrequencyConfig(sampler="psi", objective="ratio"), Match(x, y, t, Alone())
     whole.objective(config, 0.5)
-    expected = list(whole.scale_gradients(5))
+    expected = list(torch.cat(list(whole.scale_gradients(5))))
 
     class Three:
         members = 3
@@ -89,7 +109,7 @@ def test_the_members_of_a_group_count_every_sample_once(
         parts = [part.tensor_split(3)[rank] for part in x]
         match = Match(parts, y, t, Three(rank))
         match.objective(config, 0.5)
-        shares = list(match.scale_gradients(5))
+        shares = list(torch.cat(list(match.scale_gradients(5))))
         assert not torch.allclose(shares[0], expected[0])  # negative control
         total = [one + share for one, share in zip(total, shares, strict=True)]
     torch.testing.assert_close(total, expected)
