@@ -99,6 +99,9 @@ class DistillConfig:
     own (`ncfm.kernels`), in two seconds; all else by torch.compile, in half a minute. None: where
     it works (both need a C++ compiler), and by torch.compile only in runs of at least 500 steps,
     which win its half a minute back."""
+    cuda_graphs: bool = False
+    """Replay what torch.compile makes of the extractor as CUDA graphs, which saves launches and
+    costs memory. Without effect but on a GPU, where it has not been measured yet."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of all that is computed. `bfloat16`: the extractor alone; features are compared in float32,
     and images and psi are kept in it. On a CPU that multiplies it (AVX512_BF16, AMX) it makes what
@@ -215,7 +218,10 @@ class Distiller:
         compiled: Callable[[Tensor], Tensor] = torch.compile(
             body,
             dynamic=False,
-            options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+            options={
+                "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+                "triton.cudagraphs": cfg.cuda_graphs,
+            },
         )
         return compiled
 
@@ -446,10 +452,13 @@ class Distiller:
         """Features (N, D) of a chunk; what torch compiles sees whole ones only: fewer images are
         padded, then cut.
         """
-        missing = self.chunk_size - len(images)
-        if not self.compiled or not missing:
+        if not self.compiled:
             return self._body(images)
-        return self._body(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(images)]
+        missing = self.chunk_size - len(images)
+        inputs = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images
+        features = self._body(inputs)[: len(images)]
+        # The next replay of a CUDA graph writes where this one's features are.
+        return features.clone() if self.config.cuda_graphs else features
 
     # ------------------------------------------------------------------ state
 

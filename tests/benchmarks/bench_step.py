@@ -50,7 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
     "cifar100": {"size": 32, "classes": 100, "real": 1024, "ipc": 10},  # the paper's table 3
     "cifar100-psi": {"size": 32, "classes": 100, "real": 1024, "ipc": 10, "psi": True},
 }
-VARIANTS = ("reference", "eager", "compiled", "bfloat16")  # the last one is compiled, too
+VARIANTS: dict[str, dict[str, Any]] = {
+    "reference": {"compile": False},
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "bfloat16": {"compile": True, "precision": "bfloat16"},
+    "graphs": {"compile": True, "precision": "bfloat16", "cuda_graphs": True},
+}
 
 
 def network(size: int, classes: int, seed: int) -> Classifier:
@@ -86,11 +92,7 @@ class Variant:
             spec=spec,
             pool=ExtractorPool(network(size, classes, 0), pairs, device=device),
             seed=0,
-            config=DistillConfig(
-                calibration=case.get("calibration", 0.0),
-                compile=name in ("compiled", "bfloat16"),
-                precision="bfloat16" if name == "bfloat16" else "float32",
-            ),
+            config=DistillConfig(calibration=case.get("calibration", 0.0), **VARIANTS[name]),
             frequencies=FrequencyConfig(sampler="psi" if case.get("psi") else "gaussian"),
             augment=AugmentConfig(),
             device=device,
@@ -307,9 +309,10 @@ def main() -> None:
         return
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    precisions = {name: VARIANTS[name].get("precision", "float32") for name in args.variants}
     peaks = {
-        name: convolution_gflops(args.device, getattr(torch, name))
-        for name in {"bfloat16" if v == "bfloat16" else "float32" for v in args.variants}
+        precision: convolution_gflops(args.device, getattr(torch, precision))
+        for precision in set(precisions.values())
     }
     rows = compare(args.cases, args.variants, args.steps, args.device)
     print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
@@ -317,7 +320,7 @@ def main() -> None:
         f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} GFLOP/s"
     )
     for row in rows:
-        peak = peaks["bfloat16" if row["variant"] == "bfloat16" else "float32"]
+        peak = peaks[precisions[row["variant"]]]
         print(
             f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
             f"{row.get('times_faster', float('nan')):7.2f} {row['step_mib']:6.0f} "

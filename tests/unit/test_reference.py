@@ -154,16 +154,19 @@ def test_another_method_is_another_gradient(tmp_path: Path, changes: dict[str, o
 
 
 @pytest.mark.long
-def test_compiled_is_eager_and_compiles_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_is_eager_and_compiles_once(tmp_path: Path, device: str) -> None:
     """Chunks of one shape: nothing is compiled after the first step, whatever sizes classes have;
-    and the compiled step is the eager one up to float32's rounding.
+    and the compiled step is the eager one up to float32's rounding. On a GPU by CUDA graphs.
     """
     from torch._dynamo.utils import counters
 
     frames = []
-    config = dataclasses.replace(CONFIG, precision="float32", chunk_size=8)
+    precision = "float32" if device == "cpu" else "float64"  # a GPU rounds float32 to TF32
+    config = dataclasses.replace(CONFIG, precision=precision, chunk_size=8, cuda_graphs=True)
     loops = [
-        pair(tmp_path, dataclasses.replace(config, compile=on), "psi")[0] for on in (True, False)
+        pair(tmp_path, dataclasses.replace(config, compile=on), "psi", device)[0]
+        for on in (True, False)
     ]
     counters.clear()
     for step in range(4):
