@@ -93,6 +93,8 @@ def connect() -> None:
         # address: without one, or beside the cluster of somebody else, it cannot.
         port = _free_port()
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        # Nobody takes this node away, and to watch for it Ray logs an error of its own each time.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
             logging_level=logging.ERROR,
