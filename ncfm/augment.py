@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, pad
 
+from ncfm.images import to_device
+
 QUANTILES = (
     "choice", "brightness", "saturation", "contrast", "crop_y", "crop_x", "cutout_y", "cutout_x",
     "flip", "scale_x", "scale_y", "rotate",
@@ -124,12 +126,12 @@ class Augment:
         counts = pipeline.bincount(minlength=len(self.pipelines)).tolist()
         parts = zip(
             self.pipelines,
-            torch.split(images.index_select(0, _on(order, images)), counts),
+            torch.split(images.index_select(0, to_device(order, images.device)), counts),
             torch.split(params.quantiles[order], counts),
             strict=True,
         )
         done = [self._run(ops, part, AugmentParams(q)) for ops, part, q in parts if len(part)]
-        return torch.cat(done).index_select(0, _on(order.argsort(), images))
+        return torch.cat(done).index_select(0, to_device(order.argsort(), images.device))
 
     def _run(self, operations: tuple[str, ...], images: Tensor, params: AugmentParams) -> Tensor:
         for operation in operations:
@@ -155,7 +157,7 @@ def cutmix(
 
     top, bottom = edges(height, int(u_y * height))
     left, right = edges(width, int(u_x * width))
-    other = _on(torch.randperm(len(images), generator=generator), images)
+    other = to_device(torch.randperm(len(images), generator=generator), images.device)
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images[other, :, top:bottom, left:right]
     # What is left of the box inside the image.
@@ -184,10 +186,10 @@ def _crop(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Tenso
     """Translate by whole pixels, filling with 0: pad, then cut a window of the image's size."""
     height, width = images.shape[-2:]
     pad_y, pad_x = (_round(size * config.crop_ratio) for size in (height, width))
-    start_y = (params["crop_y"] * (2 * pad_y + 1)).long()
-    start_x = (params["crop_x"] * (2 * pad_x + 1)).long()
-    rows = _on(start_y, images)[:, None, None] + torch.arange(height, device=images.device)[:, None]
-    columns = _on(start_x, images)[:, None, None] + torch.arange(width, device=images.device)
+    start_y = to_device((params["crop_y"] * (2 * pad_y + 1)).long(), images.device)
+    start_x = to_device((params["crop_x"] * (2 * pad_x + 1)).long(), images.device)
+    rows = start_y[:, None, None] + torch.arange(height, device=images.device)[:, None]
+    columns = start_x[:, None, None] + torch.arange(width, device=images.device)
     flat = (rows * (width + 2 * pad_x) + columns).flatten(1)  # (N, H * W), into the padded image
     padded = pad(images, (pad_x, pad_x, pad_y, pad_y)).flatten(2)
     return padded.gather(2, flat[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
@@ -200,7 +202,7 @@ def _cutout(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Ten
         side = _round(size * config.cutout_ratio)
         # A square of even side has its centre between pixels, which makes one place more.
         start = (quantile * (size + 1 - side % 2)).long() - side // 2
-        offset = torch.arange(size, device=images.device) - _on(start, images)[:, None]
+        offset = torch.arange(size, device=images.device) - to_device(start, images.device)[:, None]
         return (offset >= 0) & (offset < side)
 
     rows, columns = (
@@ -212,7 +214,7 @@ def _cutout(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Ten
 
 
 def _flip(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Tensor:
-    flipped = _on(params["flip"] < config.flip_probability, images)
+    flipped = to_device(params["flip"] < config.flip_probability, images.device)
     columns = torch.arange(images.shape[3], device=images.device)
     index = torch.where(flipped[:, None], columns.flip(0), columns)
     return images.gather(3, index[:, None, None].expand(images.shape))
@@ -272,11 +274,6 @@ def _round(x: float) -> int:
     return int(x + 0.5)
 
 
-def _on(values: Tensor, images: Tensor) -> Tensor:
-    """Move a small CPU tensor to the images' device without waiting for it."""
-    return values.to(images.device, non_blocking=True)
-
-
 def _column(values: Tensor, images: Tensor) -> Tensor:
     """(N,) on the CPU -> (N, 1, 1, 1) of the images' dtype and device."""
-    return _on(values.to(images.dtype), images).view(-1, 1, 1, 1)
+    return to_device(values.to(images.dtype), images.device).view(-1, 1, 1, 1)

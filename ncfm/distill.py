@@ -305,15 +305,15 @@ class Distiller:
                 ascent.add(match.scale_gradients(self.frequencies.num_components))
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y
-        metrics = {"ncfd": torch.cat(losses).sum() / members}
+        found = [torch.cat(values) for values in (losses, objectives) if values]
+        metrics = {"ncfd": found[0].sum() / members}
         if cfg.calibration:
             metrics["calibration"] = self._calibrate(stored, prepare) / members
         slopes = [p.grad.sum() for p in stored if p.grad is not None]
-        found = [torch.cat(losses), *([torch.cat(objectives)] if objectives else [])]
-        self._check_finite(*found, torch.stack(slopes))  # the only time that a step waits for a GPU
+        self._check_finite(*found, torch.stack(slopes))  # waits for a GPU: once, for all classes
         self._step_images(stored)
         if ascent is not None:
-            metrics["psi_objective"] = torch.cat(objectives).sum() / members
+            metrics["psi_objective"] = found[1].sum() / members
             self._step_psi(ascent)
         for number in range(1, ascents):
             t, log_scales = self._frequencies(inner * ascents + number)

@@ -7,9 +7,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, or of as many matrices (C, ...) as `@` takes, without autograd. In float32
-    on a CPU by oneDNN, as convolutions are: on AMD's processors MKL, which `@` asks, is half as
-    fast.
+    """a @ b of matrices, or batches of them, without autograd. Single ones in float32 on a CPU by
+    oneDNN, as convolutions are: on AMD's processors MKL, which `@` asks, is half as fast.
     """
     if a.ndim == 3 and len(a) == 1:
         return product(a[0], b[0] if b.ndim == 3 else b)[None]

@@ -20,8 +20,8 @@ from ncfm.linalg import product
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
 GROUP_SAMPLES = {"cpu": 1, "cuda": 2**14}
-"""Samples of classes that are computed on together. A CPU has them in its cache one by one; a GPU
-would wait for the next operation most of the time.
+"""Samples of classes that are computed on together: a CPU's cache has room for one class, and many
+small operations cost a GPU their launches.
 """
 
 
@@ -151,6 +151,7 @@ def _alike(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(C, N, D); one alone is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 

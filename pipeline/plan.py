@@ -61,7 +61,7 @@ class Plan:
     workers: int
     use_gpu: bool
     memory: int  # a worker that distils
-    gpu_memory: int | None  # without the pools, which take what is free; None: no GPU
+    gpu_memory: int | None  # without pools, up to GPU_SHARE of what is free; None: no GPU
     network_bytes: int  # a step, all workers together, without metrics
     step_s: float
     step_source: str

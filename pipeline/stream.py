@@ -86,12 +86,11 @@ class ClassStreams:
         }
 
     def batch(self, class_index: int, step: int, size: int, *, purpose: str = REAL_BATCH) -> Tensor:
-        """(n, C, H, W) uint8: n = min(size, images of the class) of them, each at most once; where
-        the pools are.
+        """(n, C, H, W) uint8: n = min(size, images of the class) of them, each at most once.
 
-        The real batches of the steps come from the pool; a draw for any other purpose is from the
-        whole class, read from the shards, whatever the budget. Raises ShardError, and ValueError if
-        the class's share of the budget is smaller than a batch.
+        The real batches of the steps come from the pool, and are where it is; a draw for any other
+        purpose is from the whole class, read from the shards, whatever the budget. Raises
+        ShardError, and ValueError if the class's share of the budget is smaller than a batch.
         """
         pool = self._pools[class_index]
         if not pool.order.count:

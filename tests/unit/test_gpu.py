@@ -37,7 +37,7 @@ def test_a_step_waits_only_for_the_losses_to_be_finite(found: dict[str, Any]) ->
     assert all(set(waits) == {"_check_finite"} for waits in steps.values()), steps
 
 
-def test_training_waits_once_an_epoch_whatever_its_batches(found: dict[str, Any]) -> None:
+def test_training_waits_no_more_often_for_more_batches(found: dict[str, Any]) -> None:
     few, many = found["training"]
     assert 0 < len(few) == len(many)
 
