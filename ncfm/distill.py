@@ -7,7 +7,7 @@ group: each extracts its part of the real batch, the sums over the parts are add
 the same update of the same images. So only sums and psi's gradient cross the network, never images.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,7 +188,12 @@ class Distiller:
         ).to(self.device, self.dtype)
         self.sampler = self.samplers[0]  # that of the step's network
         self.psi_optimizer = (
-            torch.optim.Adam(self.samplers.parameters(), lr=frequencies.lr, maximize=True)
+            torch.optim.Adam(
+                self.samplers.parameters(),
+                lr=frequencies.lr,
+                maximize=True,
+                fused=self.device.type == "cpu" or None,  # on a GPU PyTorch's own choice
+            )
             if isinstance(self.sampler, ScaleMixture) and config.objective == "ncfd"
             else None  # the linear MMD knows no frequencies
         )
@@ -302,7 +307,7 @@ class Distiller:
             del gradients, backward  # and the graph, before psi's gradient needs memory
             # (2) max: psi's gradient on the same features
             if ascent is not None:
-                ascent.add(match.scale_gradients(self.frequencies.num_components))
+                ascent.add(match)
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y
         found = [torch.cat(values) for values in (losses, objectives) if values]
@@ -320,7 +325,7 @@ class Distiller:
             ascent = _PsiGradient(log_scales, self.num_classes)
             match = Match(seen_x, seen_y, t, self.communicator, kernels=self.kernels)
             self._check_finite(match.objective(self.frequencies, cfg.alpha))
-            ascent.add(match.scale_gradients(self.frequencies.num_components))
+            ascent.add(match)
             self._step_psi(ascent)
         return metrics
 
@@ -520,11 +525,9 @@ class _PsiGradient:
         self.log_scales, self.num_classes = log_scales, num_classes
         self.total = torch.zeros_like(log_scales, dtype=torch.float64, requires_grad=False)
 
-    def add(self, slopes: Iterable[Tensor]) -> None:
-        """The gradients of some classes' objectives with respect to the log-scales, (C, M, D)."""
-        for some in slopes:
-            rounded = some.div_(GRADIENT_GRID * self.num_classes).round_()
-            self.total += rounded.sum(0, dtype=self.total.dtype)
+    def add(self, match: Match) -> None:
+        """That of the objectives of some classes."""
+        match.add_scale_gradients(self.total, GRADIENT_GRID * self.num_classes)
 
     def set(self, communicator: Communicator) -> None:
         """Put that of the mean over all classes on all workers where an optimiser finds it."""

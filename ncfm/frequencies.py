@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfm.discrepancy import CF, ncfd, sampling_floor, smooth_sqrt, squared_difference
+from ncfm.discrepancy import (
+    CF,
+    ncfd,
+    ncfd_slopes,
+    sampling_floor,
+    smooth_sqrt,
+    smooth_sqrt_slope,
+    squared_difference,
+)
 from ncfm.seeding import global_generator
 
 
@@ -112,8 +120,8 @@ class ScaleMixture(nn.Module):
         return (log_scales.exp()[:, None] * z).flatten(0, 1)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The same frequencies t without a graph, and log sigma (M, D) with psi's: dt / dlog sigma
-        = t, so that a gradient needs nothing of shape (K, D) beside t (`Match.scale_gradients`).
+        """The same frequencies t without a graph, and log sigma (M, D) with psi's. Since dt / dlog
+        sigma = t, a gradient needs nothing of shape (K, D) beside t (`Match.add_scale_gradients`).
         """
         log_scales, z = self._draw(generator)
         return z.mul_(log_scales.detach().exp()[:, None]).flatten(0, 1), log_scales
@@ -158,3 +166,28 @@ def psi_objective(
     if config.objective == "excess":
         return (difference - floor).mean(-1)
     return smooth_sqrt(difference / (floor + 1e-6)).mean(-1)
+
+
+def psi_slopes(
+    x: CF,
+    y: CF,
+    real_count: Tensor | int,
+    synthetic_count: Tensor | int,
+    config: FrequencyConfig,
+    alpha: float,
+) -> tuple[CF, CF]:
+    """Of what psi ascends w.r.t. x and y, each part (..., K); written out as `ncfd_slopes` are."""
+    if config.objective == "ncfd":
+        return ncfd_slopes(x, y, alpha)
+    floor = sampling_floor(x, real_count, synthetic_count)
+    if config.objective == "excess":
+        of_difference = torch.full_like(floor, 1 / floor.shape[-1])
+        of_floor = -of_difference
+    else:
+        ratio = squared_difference(x, y) / (floor + 1e-6)
+        of_difference = smooth_sqrt_slope(ratio) / ((floor + 1e-6) * floor.shape[-1])
+        of_floor = -of_difference * ratio
+    apart = 2 * of_difference
+    spread = of_floor * (floor > 0) * (-2 * (1 / synthetic_count + 1 / real_count))
+    real, imag = apart * (x.real - y.real), apart * (x.imag - y.imag)
+    return CF(real + spread * x.real, imag + spread * x.imag), CF(-real, -imag)

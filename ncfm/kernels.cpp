@@ -428,10 +428,10 @@ struct Side {
     Index count;
 };
 
-// (components, features): the sums, over the draws of a component, of the frequencies t (components
-// draws, features) times the slopes of t.
-void scale_gradient(const Side* sides, Index number, const float* t, Index components, Index draws,
-                    Index features, float* gradient, Index threads) {
+// total (components, features) += in whole units, rounded, the sums, over the draws of a component,
+// of the frequencies t (components draws, features) times the slopes of t.
+void add_scale_gradient(const Side* sides, Index number, const float* t, Index components,
+                        Index draws, Index features, double* total, float unit, Index threads) {
     const Index all = components * draws;
     Index samples = 0;
     for (Index s = 0; s < number; s++) samples += sides[s].count;
@@ -450,7 +450,7 @@ void scale_gradient(const Side* sides, Index number, const float* t, Index compo
                         to[k] = cosines[k] * slopes[all + k] - sines[k] * slopes[k];
                 }
         }
-        const Array panels(samples * TOGETHER), made(draws * TOGETHER);
+        const Array panels(samples * TOGETHER), made(draws * TOGETHER), sums(TOGETHER);
 #pragma omp for schedule(dynamic)
         for (Index first = 0; first < features; first += TOGETHER) {
             const Index columns = std::min(TOGETHER, features - first);
@@ -471,8 +471,10 @@ void scale_gradient(const Side* sides, Index number, const float* t, Index compo
                     for (Index k = 0; k < draws; k++)
                         sum += load(made + (c / PANEL * draws + k) * PANEL + c % PANEL) *
                                load(frequencies + k * features + c);
-                    store(gradient + m * features + first + c, sum);
+                    store(sums + c, sum);
                 }
+                double* to = total + m * features + first;
+                for (Index c = 0; c < columns; c++) to[c] += std::rint(sums[c] / unit);
             }
         }
     }

@@ -216,16 +216,19 @@ class _Side(ctypes.Structure):
 
 
 def can_sum_draws(t: Tensor) -> bool:
-    """Whether `scale_gradient` is there for these frequencies (K, D)."""
+    """Whether `add_scale_gradient` is there for these frequencies (K, D)."""
     fit = t.device.type == "cpu" and t.dtype == torch.float32 and t.shape[1] % PANEL == 0
     return fit and library() is not None
 
 
-def scale_gradient(
-    sides: Sequence[tuple[tuple[Tensor, Tensor], Tensor, Tensor]], t: Tensor, components: int
-) -> Tensor:
-    """The sums, over the K / M neighbouring frequencies of each component, of frequencies t (K, D)
-    times the gradient w.r.t. them: (M, D).
+def add_scale_gradient(
+    total: Tensor,
+    unit: float,
+    sides: Sequence[tuple[tuple[Tensor, Tensor], Tensor, Tensor]],
+    t: Tensor,
+) -> None:
+    """Add to total (M, D), in float64, the sums, over the K / M neighbouring frequencies of each
+    component, of frequencies t (K, D) times the gradient w.r.t. them: in whole units, rounded.
 
     A side of the discrepancy is the cosines and sines of its angles, (N, K) each, the slope w.r.t.
     the sums of both (2, K), and the samples (N, D).
@@ -237,7 +240,6 @@ def scale_gradient(
     array = (_Side * len(kept))(
         *(_Side(*(tensor.data_ptr() for tensor in side), len(side[-1])) for side in kept)
     )
-    t, draws = t.contiguous(), len(t) // components
-    gradient = t.new_empty(components, t.shape[1])
-    _run("scale_gradient", array, len(kept), t, components, draws, t.shape[1], gradient)
-    return gradient
+    t, (components, dim) = t.contiguous(), total.shape
+    sizes = components, len(t) // components, dim
+    _run("add_scale_gradient", array, len(kept), t, *sizes, total, ctypes.c_float(unit))

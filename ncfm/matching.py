@@ -6,16 +6,16 @@ sines, so that psi's ascent costs one matrix product per side on top of the desc
 needs the graph of the extractor. Suffixes: N samples, D features, K frequencies, C classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ncfm.communication import Communicator, group_total, own_parts
-from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd
-from ncfm.frequencies import FrequencyConfig, psi_objective
-from ncfm.kernels import can_sum_draws, scale_gradient
+from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd, ncfd_slopes
+from ncfm.frequencies import FrequencyConfig, psi_objective, psi_slopes
+from ncfm.kernels import add_scale_gradient, can_sum_draws
 from ncfm.linalg import product
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
@@ -82,34 +82,36 @@ class Match:
 
     def _cf(self, sums: Tensor) -> CF:
         k = len(self.t)
-        parts = CFSums(*sums.split([k, k, 1], -1))
-        return CF(*(part.requires_grad_() for part in cf_from_sums(parts)))
+        return cf_from_sums(CFSums(*sums.split([k, k, 1], -1)))
 
     def descent(self, alpha: float) -> tuple[Tensor, list[Tensor]]:
         """NCFD of each class (C,), and the gradient of each w.r.t. its y, (N_c, D)."""
-        values = ncfd(self.phi_x, self.phi_y, alpha)
-        (slopes,) = _sum_slopes(values, (self.phi_y, self.sums_y))
+        slopes = _sum_slopes(ncfd_slopes(self.phi_x, self.phi_y, alpha)[1], self.sums_y)
         gradients = [
             gradient
             for group, w in zip(self.groups, self.waves_y, strict=True)
             for gradient in product(w.angle_gradient(slopes[group]), self.t)
         ]
-        return values.detach(), gradients
+        return ncfd(self.phi_x, self.phi_y, alpha), gradients
 
     def objective(self, config: FrequencyConfig, alpha: float) -> Tensor:
-        """What psi ascends, for each class (C,); its slopes are kept for `scale_gradients`."""
+        """What psi ascends, for each class (C,); its slopes are kept for
+        `add_scale_gradients`."""
         sizes = self.sums_x[:, -1:], self.sums_y[:, -1:]
-        values = psi_objective(self.phi_x, self.phi_y, *sizes, config, alpha)
-        sides = (self.phi_x, self.sums_x), (self.phi_y, self.sums_y)
-        self._slopes = _sum_slopes(values, *sides)
-        return values.detach()
+        of_x, of_y = psi_slopes(self.phi_x, self.phi_y, *sizes, config, alpha)
+        self._slopes = _sum_slopes(of_x, self.sums_x), _sum_slopes(of_y, self.sums_y)
+        return psi_objective(self.phi_x, self.phi_y, *sizes, config, alpha)
 
-    def scale_gradients(self, components: int) -> Iterator[Tensor]:
-        """This member's share of the gradient of each class's objective w.r.t. the log-scales of
-        the components (M, D), of K / M neighbouring frequencies each, some classes at a time: (C,
-        M, D). Since t = sigma z, it is the sum of t times the gradient w.r.t. t, of some components
-        at a time: what is added up stays in the cache, and nothing of shape (K, D) is made.
+    def add_scale_gradients(self, total: Tensor, unit: float) -> None:
+        """Add to total (M, D) this member's share of the gradient of each class's objective w.r.t.
+        the log-scales of the M components, of K / M neighbouring frequencies each. What is added is
+        in units, and whole: in float64 the total does not depend on the order.
+
+        Since t = sigma z, the gradient is the sum of t times that w.r.t. t, of some components at a
+        time: what is added up stays in the cache, and nothing of shape (K, D) is made.
         """
+        draws = len(self.t) // len(total)
+        rows = max(1, BLOCK_FREQS // draws) * draws
         for number, group in enumerate(self.groups):
             slopes_x, slopes_y = (slopes[group] for slopes in self._slopes)
             # All members have all of y: each counts its part alone, as it has its part of x.
@@ -123,19 +125,17 @@ class Match:
             if self.kernels and can_sum_draws(self.t):
                 for c in range(len(own_y)):
                     of_class = [
-                        ((w.cos[c], w.sin[c]), slope[c], part[c]) for w, slope, part in sides
+                        ((w.cos[c], w.sin[c]), slopes[c], part[c]) for w, slopes, part in sides
                     ]
-                    yield scale_gradient(of_class, self.t, components)[None]
+                    add_scale_gradient(total, unit, of_class, self.t)
                 continue
             angles = torch.cat([w.angle_gradient(slopes) for w, slopes, _ in sides], 1)
             features = torch.cat([samples for _, _, samples in sides], 1)
-            draws = len(self.t) // components
-            rows = max(1, BLOCK_FREQS // draws) * draws
             parts = [
                 product(angle.mT, features).mul_(t).unflatten(1, (-1, draws)).sum(2)
                 for angle, t in zip(angles.split(rows, 2), self.t.split(rows), strict=True)
             ]
-            yield torch.cat(parts, 1)
+            total += torch.cat(parts, 1).div_(unit).round_().sum(0, dtype=total.dtype)
 
 
 def _alike(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice]:
@@ -155,13 +155,11 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _sum_slopes(values: Tensor, *sides: tuple[CF, Tensor]) -> list[Tensor]:
-    """Of values (C,) of CFs, each from sums (C, 2 K + 1), w.r.t. those of cosines and of sines: (C,
-    2, K) each.
+def _sum_slopes(slopes: CF, sums: Tensor) -> Tensor:
+    """From those w.r.t. a CF to those w.r.t. the sums (C, 2 K + 1) that it is from, of cosines and
+    of sines: (C, 2, K).
     """
-    slopes = torch.autograd.grad(values.sum(), [part for phi, _ in sides for part in phi])
-    pairs = torch.stack(slopes, 1).split(2, 1)
-    return [pair / sums[:, None, -1:] for pair, (_, sums) in zip(pairs, sides, strict=True)]
+    return torch.stack(slopes, 1) / sums[:, None, -1:]
 
 
 def match_means(

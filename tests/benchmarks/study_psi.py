@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ncfm.communication import Alone
+from ncfm.distill import GRADIENT_GRID
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig
 from ncfm.matching import Match
@@ -54,7 +55,9 @@ def gradients(bench: study.Bench, images: Tensor, config: FrequencyConfig) -> Te
             ]
             match = Match(x, y, z, Alone())
             match.objective(config, 0.5)
-            rows.append(torch.cat(list(match.scale_gradients(1))).sum(0)[0])
+            total = torch.zeros(1, z.shape[1], dtype=torch.float64)
+            match.add_scale_gradients(total, GRADIENT_GRID)
+            rows.append((total[0] * GRADIENT_GRID).float())
     return torch.stack(rows).unflatten(0, (len(bench.pool), BATCHES))
 
 
