@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 
@@ -41,7 +42,11 @@ inline void store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
 
 struct Array {
     explicit Array(Index size)
-        : data(static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64)), std::free) {}
+        : data(static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64)), std::free) {
+        if (data || !size) return;
+        std::fprintf(stderr, "ncfm: no memory for %lld MiB\n", (long long)(size >> 18));
+        std::abort();
+    }
     operator float*() const { return data.get(); }
     std::unique_ptr<float, decltype(&std::free)> data;
 };
@@ -462,8 +467,8 @@ void add_scale_gradient(const Side* sides, Index number, const float* t, Index c
             for (Index m = 0; m < components; m++) {
                 const float* frequencies = t + m * draws * features + first;
                 for (Index k = 0; k < draws; k++)  // a cache line is a panel's row
-                    for (Index c = 0; c < columns; c += PANEL)
-                        __builtin_prefetch(frequencies + k * features + c);
+                    for (Index c = 0; c < columns; c += PANEL)  // the first cache has no room
+                        __builtin_prefetch(frequencies + k * features + c, 0, 2);
                 product({angles + m * samples * draws, 1, 1, samples, 0, draws}, draws, panels,
                         columns, made, draws * PANEL);
                 for (Index c = 0; c < columns; c += WIDTH) {
