@@ -33,6 +33,10 @@ class CF(NamedTuple):
         """|phi(t_k)|^2, shape (..., K)."""
         return self.real.square() + self.imag.square()
 
+    def modulus(self) -> Tensor:
+        """|phi(t_k)|, shape (..., K), with a finite slope at zero."""
+        return (self.squared_modulus() + torch.finfo(self.real.dtype).tiny).sqrt()
+
 
 def cf_sums(x: Tensor, t: Tensor) -> CFSums:
     """CF sums of samples x (..., N, D) at frequencies t (K, D).
@@ -70,8 +74,7 @@ def amplitude_part(x: CF, y: CF) -> Tensor:
     """(|phi_X| - |phi_Y|)^2: how far the spread (the diversity) of the two sets differs. Shape
     (..., K).
     """
-    tiny = torch.finfo(x.real.dtype).tiny  # the square root's slope at zero stays finite
-    return ((x.squared_modulus() + tiny).sqrt() - (y.squared_modulus() + tiny).sqrt()).square()
+    return (x.modulus() - y.modulus()).square()
 
 
 def phase_part(x: CF, y: CF) -> Tensor:
@@ -122,10 +125,9 @@ def ncfd_slopes(x: CF, y: CF, alpha: float = 0.5) -> tuple[CF, CF]:
     real, imag = apart * (x.real - y.real), apart * (x.imag - y.imag)
     if alpha == 0.5:
         return CF(real, imag), CF(-real, -imag)
-    tiny = torch.finfo(x.real.dtype).tiny
-    moduli = [(phi.squared_modulus() + tiny).sqrt() for phi in (x, y)]
-    wider = weight * (u > 0) * (2 * alpha - 1) * (moduli[0] - moduli[1])
-    of_x, of_y = wider / moduli[0], wider / moduli[1]
+    modulus_x, modulus_y = x.modulus(), y.modulus()
+    wider = weight * (u > 0) * (2 * alpha - 1) * (modulus_x - modulus_y)
+    of_x, of_y = wider / modulus_x, wider / modulus_y
     return (
         CF(real + of_x * x.real, imag + of_x * x.imag),
         CF(-real - of_y * y.real, -imag - of_y * y.imag),

@@ -95,8 +95,7 @@ class Match:
         return ncfd(self.phi_x, self.phi_y, alpha), gradients
 
     def objective(self, config: FrequencyConfig, alpha: float) -> Tensor:
-        """What psi ascends, for each class (C,); its slopes are kept for
-        `add_scale_gradients`."""
+        """What psi ascends, for each class (C,); `add_scale_gradients` needs it called before."""
         sizes = self.sums_x[:, -1:], self.sums_y[:, -1:]
         of_x, of_y = psi_slopes(self.phi_x, self.phi_y, *sizes, config, alpha)
         self._slopes = _sum_slopes(of_x, self.sums_x), _sum_slopes(of_y, self.sums_y)
