@@ -1,14 +1,16 @@
 """The minmax step against the paper's own loop (reference_loop.py): ratios in one run, without Ray.
 
-    python tests/benchmarks/bench_step.py --out runs/bench [--cases 32 128] [--steps 5]
+    python tests/benchmarks/bench_step.py --out runs/bench [--cases 32 128] [--steps 5] [--starts 5]
     python tests/benchmarks/bench_step.py --parts 32-psi
     python tests/benchmarks/bench_step.py --device cuda --cases cifar100 cifar100-psi
 
 Each variant lives in a process of its own, since allocators and compiled code outlast a step, and
-the variants take turns, a step each. Prints a table and writes step.json: median seconds, their
-ratio, MiB that a step takes beyond what its process holds between steps (on a GPU all that is
-allocated there, weights and images included), and the FLOP rate beside that of this machine's
-convolutions alone. `--parts`: where the time of the compiled step goes, on a CPU.
+the variants take turns, a step each. Where a process has its memory makes a step some per cent
+quicker or slower for good: `--starts` starts all of them afresh so many times, and the medians are
+of all steps. Prints a table and writes step.json: median seconds, their ratio, MiB that a step
+takes beyond what its process holds between steps (on a GPU all that is allocated there, weights and
+images included), the FLOP rate beside that of this machine's convolutions alone, and what psi adds
+to the case without it. `--parts`: where the time of the compiled step goes, on a CPU.
 """
 
 import argparse
@@ -210,10 +212,12 @@ def serve(case: str, name: str, device: torch.device) -> None:
         print(getattr(variant, line.strip())(), file=answers, flush=True)
 
 
-def compare(
+def measure(
     names: list[str], variants: list[str], steps: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Rows of all cases and variants; the steps take turns, over all of them."""
+    """Rows of all cases and variants, from one start of their processes; the steps take turns, over
+    all of them.
+    """
     processes = {
         (name, variant): Process(name, variant, device) for name in names for variant in variants
     }
@@ -226,22 +230,30 @@ def compare(
             seconds[key].append(process.ask("step"))
     rows = []
     for (name, variant), process in processes.items():
-        row = {
-            "case": name,
-            "variant": variant,
-            "seconds": statistics.median(seconds[name, variant]),
-        }
-        mib = statistics.median(process.ask("step_mib") for _ in range(7))
-        row |= {"all_seconds": seconds[name, variant], "step_mib": mib}
-        rows.append({**row, "gflops": process.ask("gigaflop") / row["seconds"]})
+        row = {"case": name, "variant": variant, "all_seconds": seconds[name, variant]}
+        row["all_step_mib"] = [process.ask("step_mib") for _ in range(7)]
+        rows.append({**row, "gigaflop": process.ask("gigaflop")})
         process.close()
-    for row in rows:
-        plain = next(
-            (r for r in rows if (r["case"], r["variant"]) == (row["case"], "reference")), None
-        )
-        if plain is not None:
+    return rows
+
+
+def compare(starts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all starts, with their medians and the ratios of these."""
+    rows = []
+    for same in zip(*starts, strict=True):
+        row = dict(same[0])
+        for each, median in (("all_seconds", "seconds"), ("all_step_mib", "step_mib")):
+            row[each] = [value for start in same for value in start[each]]
+            row[median] = statistics.median(row[each])
+        rows.append({**row, "gflops": row["gigaflop"] / row["seconds"]})
+    found = {(row["case"], row["variant"]): row for row in rows}
+    for (case, variant), row in found.items():
+        if plain := found.get((case, "reference")):
             row["times_faster"] = plain["seconds"] / row["seconds"]
             row["memory_ratio"] = row["step_mib"] / plain["step_mib"]
+        if case.endswith("-psi") and (off := found.get((case.removesuffix("-psi"), variant))):
+            row["psi_seconds"] = row["seconds"] / off["seconds"] - 1
+            row["psi_mib"] = row["step_mib"] / off["step_mib"] - 1
     return rows
 
 
@@ -295,6 +307,7 @@ def main() -> None:
         "--variants", nargs="+", choices=VARIANTS, default=["reference", "eager", "compiled"]
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--parts", choices=CASES)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
@@ -314,17 +327,24 @@ def main() -> None:
         precision: convolution_gflops(args.device, getattr(torch, precision))
         for precision in set(precisions.values())
     }
-    rows = compare(args.cases, args.variants, args.steps, args.device)
+    starts = []
+    for number in range(args.starts):
+        starts.append(measure(args.cases, args.variants, args.steps, args.device))
+        print(f"start {number + 1} of {args.starts} measured", file=sys.stderr, flush=True)
+    rows = compare(starts)
     print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
     print(
-        f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} GFLOP/s"
+        f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} "
+        f"{'psi: time':>10} {'memory':>7} GFLOP/s"
     )
+    nan = float("nan")
     for row in rows:
         peak = peaks[precisions[row["variant"]]]
         print(
             f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
-            f"{row.get('times_faster', float('nan')):7.2f} {row['step_mib']:6.0f} "
-            f"{row.get('memory_ratio', float('nan')):6.2f} {row['gflops']:5.0f} "
+            f"{row.get('times_faster', nan):7.2f} {row['step_mib']:6.0f} "
+            f"{row.get('memory_ratio', nan):6.2f} {100 * row.get('psi_seconds', nan):+9.1f}% "
+            f"{100 * row.get('psi_mib', nan):+6.1f}% {row['gflops']:5.0f} "
             f"({100 * row['gflops'] / peak:.0f} % of a convolution's)"
         )
     if args.out:
