@@ -257,6 +257,11 @@ def compare(starts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
+def cell(row: dict[str, Any], name: str, form: str) -> str:
+    """As wide as it is where there is nothing to compare with."""
+    return format(row[name], form) if name in row else " " * len(format(0.0, form))
+
+
 PARTS: dict[str, tuple[Any, str]] = {
     "extractor, real images": (Distiller, "_real_features"),
     "extractor, synthetic images, forward": (Distiller, "_forward"),
@@ -335,16 +340,15 @@ def main() -> None:
     print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
     print(
         f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} "
-        f"{'psi: time':>10} {'memory':>7} GFLOP/s"
+        f"{'psi: s':>7} {'MiB':>6} GFLOP/s"
     )
-    nan = float("nan")
     for row in rows:
         peak = peaks[precisions[row["variant"]]]
         print(
             f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
-            f"{row.get('times_faster', nan):7.2f} {row['step_mib']:6.0f} "
-            f"{row.get('memory_ratio', nan):6.2f} {100 * row.get('psi_seconds', nan):+9.1f}% "
-            f"{100 * row.get('psi_mib', nan):+6.1f}% {row['gflops']:5.0f} "
+            f"{cell(row, 'times_faster', '7.2f')} {row['step_mib']:6.0f} "
+            f"{cell(row, 'memory_ratio', '6.2f')} {cell(row, 'psi_seconds', '+7.1%')} "
+            f"{cell(row, 'psi_mib', '+6.1%')} {row['gflops']:5.0f} "
             f"({100 * row['gflops'] / peak:.0f} % of a convolution's)"
         )
     if args.out:
