@@ -226,8 +226,9 @@ def measure(
             process.ask("step")
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in processes}
     for _ in range(steps):
-        for key, process in processes.items():
-            seconds[key].append(process.ask("step"))
+        for variant in variants:
+            for name in names:  # with psi right after without: the machine's speed varies
+                seconds[name, variant].append(processes[name, variant].ask("step"))
     rows = []
     for (name, variant), process in processes.items():
         row = {"case": name, "variant": variant, "all_seconds": seconds[name, variant]}
