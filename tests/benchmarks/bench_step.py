@@ -253,8 +253,8 @@ def compare(starts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             row["times_faster"] = plain["seconds"] / row["seconds"]
             row["memory_ratio"] = row["step_mib"] / plain["step_mib"]
         if case.endswith("-psi") and (off := found.get((case.removesuffix("-psi"), variant))):
-            row["psi_seconds"] = row["seconds"] / off["seconds"] - 1
-            row["psi_mib"] = row["step_mib"] / off["step_mib"] - 1
+            row["psi_time"] = row["seconds"] / off["seconds"] - 1
+            row["psi_memory"] = row["step_mib"] / off["step_mib"] - 1
     return rows
 
 
@@ -341,15 +341,15 @@ def main() -> None:
     print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
     print(
         f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} "
-        f"{'psi: s':>7} {'MiB':>6} GFLOP/s"
+        f"{'psi: time':>9} {'memory':>6} GFLOP/s"
     )
     for row in rows:
         peak = peaks[precisions[row["variant"]]]
         print(
             f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
             f"{cell(row, 'times_faster', '7.2f')} {row['step_mib']:6.0f} "
-            f"{cell(row, 'memory_ratio', '6.2f')} {cell(row, 'psi_seconds', '+7.1%')} "
-            f"{cell(row, 'psi_mib', '+6.1%')} {row['gflops']:5.0f} "
+            f"{cell(row, 'memory_ratio', '6.2f')} {cell(row, 'psi_time', '+9.1%')} "
+            f"{cell(row, 'psi_memory', '+6.1%')} {row['gflops']:5.0f} "
             f"({100 * row['gflops'] / peak:.0f} % of a convolution's)"
         )
     if args.out:
