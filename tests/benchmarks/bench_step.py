@@ -7,10 +7,12 @@
 Each variant lives in a process of its own, since allocators and compiled code outlast a step, and
 the variants take turns, a step each. Where a process has its memory makes a step some per cent
 quicker or slower for good: `--starts` starts all of them afresh so many times, and the medians are
-of all steps. Prints a table and writes step.json: median seconds, their ratio, MiB that a step
-takes beyond what its process holds between steps (on a GPU all that is allocated there, weights and
-images included), the FLOP rate beside that of this machine's convolutions alone, and what psi adds
-to the case without it. `--parts`: where the time of the compiled step goes, on a CPU.
+of all steps. Prints a table and writes step.json: median seconds, their ratio, MiB of a step, the
+FLOP rate beside that of this machine's convolutions alone, and what psi adds to the case without
+it. MiB are of tensors, at the step's height beyond what is held between steps, counted from what
+PyTorch allocates and frees, not sampled; `resident`: those by which the process grows in a step,
+with scratch and what malloc leaves unused. (On a GPU: all tensors there, weights and images
+included.) `--parts`: where the time of the compiled step goes, on a CPU.
 """
 
 import argparse
@@ -23,11 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from reference_loop import ReferenceLoop, plain
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import ncfm.distill
@@ -113,12 +117,26 @@ class Variant:
         synchronize(self.device)
         return time.perf_counter() - began
 
-    def step_mib(self) -> float:
-        """MiB that a step takes at its height, beyond what is held before it; on a GPU, with it."""
+    def tensor_mib(self) -> float:
+        """MiB of tensors at the height of a step beyond those held before it; on a GPU, of all."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.step()
             return torch.cuda.max_memory_allocated() / 2**20
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step()  # what it leaves, the next step frees
+            with record_function("the step"):
+                self.step()
+        assert profiler.profiler is not None
+        events = profiler.profiler.kineto_results.events()
+        began = next(event.start_ns() for event in events if event.name() == "the step")
+        changes = [
+            (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+        ]
+        return max(accumulate(change for at, change in sorted(changes) if at >= began)) / 2**20
+
+    def resident_mib(self) -> float:
+        """MiB by which the process grows in a step."""
         ctypes.CDLL(None).malloc_trim(0)
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the greatest so far
@@ -232,8 +250,10 @@ def measure(
     rows = []
     for (name, variant), process in processes.items():
         row = {"case": name, "variant": variant, "all_seconds": seconds[name, variant]}
-        row["all_step_mib"] = [process.ask("step_mib") for _ in range(7)]
-        rows.append({**row, "gigaflop": process.ask("gigaflop")})
+        if device.type == "cpu":
+            row["all_resident_mib"] = [process.ask("resident_mib") for _ in range(7)]
+        row |= {what: process.ask(what) for what in ("tensor_mib", "gigaflop")}
+        rows.append(row)
         process.close()
     return rows
 
@@ -243,18 +263,19 @@ def compare(starts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rows = []
     for same in zip(*starts, strict=True):
         row = dict(same[0])
-        for each, median in (("all_seconds", "seconds"), ("all_step_mib", "step_mib")):
+        for each in row.keys() & {"all_seconds", "all_resident_mib"}:
             row[each] = [value for start in same for value in start[each]]
-            row[median] = statistics.median(row[each])
+            row[each.removeprefix("all_")] = statistics.median(row[each])
         rows.append({**row, "gflops": row["gigaflop"] / row["seconds"]})
     found = {(row["case"], row["variant"]): row for row in rows}
     for (case, variant), row in found.items():
         if plain := found.get((case, "reference")):
             row["times_faster"] = plain["seconds"] / row["seconds"]
-            row["memory_ratio"] = row["step_mib"] / plain["step_mib"]
+            for memory in row.keys() & {"tensor_mib", "resident_mib"}:
+                row[f"{memory}_ratio"] = row[memory] / plain[memory]
         if case.endswith("-psi") and (off := found.get((case.removesuffix("-psi"), variant))):
             row["psi_time"] = row["seconds"] / off["seconds"] - 1
-            row["psi_memory"] = row["step_mib"] / off["step_mib"] - 1
+            row["psi_memory"] = row["tensor_mib"] / off["tensor_mib"] - 1
     return rows
 
 
@@ -341,14 +362,15 @@ def main() -> None:
     print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
     print(
         f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} "
-        f"{'psi: time':>9} {'memory':>6} GFLOP/s"
+        f"{'resident':>8} {'ratio':>6} {'psi: time':>9} {'memory':>6} GFLOP/s"
     )
     for row in rows:
         peak = peaks[precisions[row["variant"]]]
         print(
             f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
-            f"{cell(row, 'times_faster', '7.2f')} {row['step_mib']:6.0f} "
-            f"{cell(row, 'memory_ratio', '6.2f')} {cell(row, 'psi_time', '+9.1%')} "
+            f"{cell(row, 'times_faster', '7.2f')} {row['tensor_mib']:6.1f} "
+            f"{cell(row, 'tensor_mib_ratio', '6.2f')} {cell(row, 'resident_mib', '8.0f')} "
+            f"{cell(row, 'resident_mib_ratio', '6.2f')} {cell(row, 'psi_time', '+9.1%')} "
             f"{cell(row, 'psi_memory', '+6.1%')} {row['gflops']:5.0f} "
             f"({100 * row['gflops'] / peak:.0f} % of a convolution's)"
         )
