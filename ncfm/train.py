@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
+from ncfm.kernels import kernel_logits
 from ncfm.memory import keep_freed_memory
 from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
@@ -90,13 +91,15 @@ def train(
     part_size = _part_size(model, spec, device)
     optimizer, augment = _optimizer(model, config), Augment(config.augment)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kernels = kernel_logits(model, training=True)
+    forward = kernels or model
 
     def learn(images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor, Gradients]:
         """Of a part of a batch of this size: the sum of the losses, how many are right, and what
         the part adds to the gradients.
         """
         with torch.enable_grad():
-            logits = model(images)
+            logits = forward(images)
             loss = F.cross_entropy(logits, targets, reduction="sum")
             gradients = torch.autograd.grad(loss / size, parameters, allow_unused=True)
         right = (logits.detach().argmax(1) == targets.argmax(1)).sum()
@@ -132,6 +135,8 @@ def train(
                     correct += right
                     _add(parameters, gradients)
                 optimizer.step()
+                if kernels is not None:
+                    kernels.refresh()
             mean_loss = float(loss_sum) / len(source)
             if mean_loss != mean_loss or mean_loss == float("inf"):
                 raise FloatingPointError(
