@@ -31,11 +31,11 @@ class StageError(Exception):
     """A stage cannot be completed; the message is one line that says why."""
 
 
-def write_atomic(path: Path | UPath, data: bytes | str, *, sync: bool = True) -> None:
+def write_atomic(path: Path | UPath, data: bytes | str, *, durable: bool = True) -> None:
     """Write a file that is either absent, the old one, or whole. On an object store one put already
     is. Raises StorageError, and leaves nothing behind, if the disk is full or fails.
 
-    On a local disk that holds after a loss of power, too, unless `sync` is False: for files that
+    On a local disk that holds after a loss of power, too, unless `durable` is False: for files that
     are many and can be made again.
     """
     raw = data.encode() if isinstance(data, str) else data
@@ -46,12 +46,12 @@ def write_atomic(path: Path | UPath, data: bytes | str, *, sync: bool = True) ->
             temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
             with temporary.open("wb") as file:
                 file.write(raw)
-                if sync:
+                if durable:
                     file.flush()
                     os.fsync(file.fileno())
             temporary.replace(path)
-            if sync:
-                _sync_directory(path.parent)
+            if durable:
+                sync(path.parent)
         else:
             path.write_bytes(raw)
     except OSError as error:
@@ -60,9 +60,11 @@ def write_atomic(path: Path | UPath, data: bytes | str, *, sync: bool = True) ->
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make a renaming last. File systems that cannot sync a directory keep their own order."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on the disk before anything else happens. File
+    systems that cannot sync a directory keep an order of their own.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
