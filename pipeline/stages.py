@@ -253,11 +253,13 @@ class Run:
     def evaluate(self) -> Manifest:
         """Accuracies of the distilled set and of its baselines, for every network."""
         cfg = self.config
-        sets: list[SetName] = ["distilled", "random", "random_same_factor", "herding", "whole"]
-        if not cfg.evaluate.herding:
-            sets.remove("herding")
-        if cfg.curate.soft_labels:
-            sets[1:2] = ["distilled_soft", "random", "random_soft"]
+        soft: dict[str, list[SetName]] = {
+            "distilled": ["distilled_soft"],
+            "random": ["random_soft"],
+        }
+        sets: list[SetName] = []
+        for name in cfg.evaluate.sets:
+            sets += [name, *(soft.get(name, []) if cfg.curate.soft_labels else [])]
         models = [self._model(name) for name in cfg.evaluate.networks] or [cfg.model]
         for model in models:
             self._check_model(model)
