@@ -2,6 +2,7 @@
 them.
 """
 
+import functools
 import json
 import re
 import sys
@@ -283,7 +284,7 @@ def changed_command(toml: str, values: Mapping[str, object]) -> Command:
     """A resolved configuration with some dotted options changed, checked as if they had been given
     on the command line. Raises UsageError.
     """
-    parser = _parser([])
+    parser = _plain_parser()
     namespace = check_types(toml, values)
     return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
 
@@ -297,8 +298,14 @@ def check_types(toml: str, values: Mapping[str, object]) -> Namespace:
         for group in groups:
             inner = inner.setdefault(group, {})
         inner[name] = value
-    namespace: Namespace = _parser([]).parse_object(tree)
+    namespace: Namespace = _plain_parser().parse_object(tree)
     return namespace
+
+
+@functools.cache
+def _plain_parser() -> ArgumentParser:
+    """A parser without a default preset, made once: it takes a second, and a search needs many."""
+    return _parser([])
 
 
 def _parser(defaults: list[Path]) -> ArgumentParser:

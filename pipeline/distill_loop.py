@@ -245,9 +245,27 @@ class Loop:
                 step, slow, self.hosts[slow], ratio,
             )  # fmt: skip
 
+    def _warn(self, drifted: dict[str, list[int]]) -> None:
+        if self.context.rank == 0:
+            ranks = sorted({rank for found in drifted.values() for rank in found})
+            logger.warning(
+                "step %d: workers %s on %s computed other values of %s than the first worker that "
+                "holds these; its values are used from here on. Unlike processors or software do "
+                "this, and so do kernels of a GPU that add in no fixed order",
+                self.distiller.step,
+                ", ".join(map(str, ranks)),
+                ", ".join(dict.fromkeys(self.hosts[rank] for rank in ranks)),
+                ", ".join(sorted(drifted)),
+            )
+
     def _save(self) -> None:
-        """Begin a checkpoint: what is taken now is written in the background."""
-        state = self.distiller.state_dict()
+        """Begin a checkpoint: what is taken now is written in the background. Before, workers that
+        share classes agree on the state (`Collectives.agree`), so that no drift outlives it.
+        """
+        state, drifted = self.collectives.agree(self.distiller.state_dict())
+        if drifted:
+            self.distiller.load_state_dict(state)
+            self._warn(drifted)
         if self._is_last():
             peaks = self.collectives.gather(peak_rss_bytes())
             state["peak_rss_bytes"] = torch.tensor(max(peaks))

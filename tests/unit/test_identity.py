@@ -42,7 +42,7 @@ DEPENDENTS = {
 }
 
 
-class Recorded(Exception):
+class RecordedError(Exception):
     """Raised in the place of a stage's work, with its identity."""
 
 
@@ -75,10 +75,11 @@ COMMANDS = functools.cache(lambda toml, values: changed_command(toml, json.loads
 
 def identities(command: Command, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The identity of every stage; those before it count as done, nothing is computed."""
+    wanted = ""
 
-    def fake(wanted: str, name: str, identity: str) -> dict[str, Any]:
+    def fake(name: str, _: Any, identity: str, *__: Any, **___: Any) -> dict[str, Any]:
         if name == wanted:
-            raise Recorded(identity)
+            raise RecordedError(identity)
         counts = {"counts": [8] * 10, "shards": []}
         return {
             **{"fingerprint": identity, "seconds": 0, "peak_rss_bytes": 0, "reused": True},
@@ -86,22 +87,14 @@ def identities(command: Command, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
             **{"channels": 3, "image_size": 32},
         }
 
-    return {stage: _identity(stage, command, fake, monkeypatch) for stage in STAGES}
-
-
-def _identity(stage: str, command: Command, fake: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(
-        pipeline.stages,
-        "run_stage",
-        lambda name, _, identity, *__, **___: fake(stage, name, identity),
-    )
-    run = Run(command)
-    with pytest.raises(Recorded) as recorded:
-        if stage == "curate":
-            _ = run.curated
-        else:
-            run.stages()[stage]()
-    return str(recorded.value)
+    monkeypatch.setattr(pipeline.stages, "run_stage", fake)
+    run, found = Run(command), {}
+    work = {**run.stages(), "curate": lambda: run.curated}
+    for wanted in STAGES:
+        with pytest.raises(RecordedError) as recorded:
+            work[wanted]()
+        found[wanted] = str(recorded.value)
+    return found
 
 
 @pytest.fixture
