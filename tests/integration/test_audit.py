@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from upath import UPath
 import ncfm
 from ncfm.models import ModelConfig
 from pipeline.audit import (
+    AUDIT_VERSION,
     AuditJob,
     Extractors,
     ShardPass,
@@ -78,6 +80,8 @@ def test_the_audit_is_the_same_on_one_and_three_workers(
 ) -> None:
     other = audit(job, Workers(3, False), directory=UPath(tmp_path))
     assert other | {"peak_rss_bytes": 0} == content | {"peak_rss_bytes": 0}  # to the last bit
+    found = {f"{row['set']} {row['measure']}": row["value"] for row in content["rows"]}
+    golden.check("audit", AUDIT_VERSION, found, tolerance=1e-3)
     assert (tmp_path / "nearest.png").stat().st_size > 100
 
 

@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from tiny import run, stage
 
 import ncfm
+from pipeline.curate import CURATE_VERSION
 from pipeline.progress import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +93,8 @@ def test_soft_labels_are_a_set_of_their_own(tiny: tuple[Path, Path]) -> None:
     assert soft.soft_labels is not None
     assert soft.soft_labels.shape == (40, 10)
     torch.testing.assert_close(soft.soft_labels.sum(1), torch.ones(40))
+    values = {"soft_labels": golden.moments(soft.soft_labels)}
+    golden.check("curate", CURATE_VERSION, values, tolerance=1e-3)
     rows = json.loads((directory / "evaluation.json").read_text())["rows"]
     assert [row["set"] for row in rows[:2]] == ["distilled", "distilled_soft"]
     assert "with soft labels" in (directory / "report.html").read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import golden
 import pytest
 import ray
 from upath import UPath
@@ -19,6 +20,7 @@ from pipeline.pretrain import PretrainJob, pretrain_loop
 from pipeline.progress import read_rows
 from pipeline.stage import StageError
 from pipeline.stages import Run
+from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search import build_sampler
 from pipeline.tuning.search_space import override
 from pipeline.tuning.trial import SweepJob, input_key, run_trial
@@ -117,6 +119,8 @@ def test_the_results_are_there(swept: Path) -> None:
         r["values"]["distill.lr"] for r in rows
     ]
     assert [float(line["accuracy"]) for line in table] == [row["accuracy"] for row in rows]
+    accuracies = {f"trial {i}": [a for _, a in row["rungs"]] for i, row in enumerate(rows)}
+    golden.check("tune", TUNE_VERSION, accuracies, tolerance=0.05)
     assert len(list((directory / "tensorboard").glob("trial-*/events.*"))) >= 4
     page = (directory / "report.html").read_text()
     assert 'id="search"' in page
