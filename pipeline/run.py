@@ -17,6 +17,11 @@ def main() -> None:
             print(compare_command(sys.argv[2:]))  # noqa: T201
             return
         command = parse_command(sys.argv[1:])
+        if command.stages == ("clean",):
+            from pipeline.data.local import clean_command
+
+            print(clean_command(command.config))  # noqa: T201
+            return
         from pipeline.stages import (
             Run,
         )  # after the parsing: --help and a wrong option need none of this

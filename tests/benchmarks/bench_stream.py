@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from pipeline.shard_writer import write_shard
+from pipeline.stream import ClassStreams, ShardSet, StreamedImages
 from upath import UPath
 
 from ncfm.seeding import keyed_generator
 from pipeline.shard import ShardConfig, build_manifest, plan
-from pipeline.shard_writer import write_shard
 from pipeline.sources import SPLITS, Found, Sample, SampleList
-from pipeline.stream import ClassStreams, ShardSet, StreamedImages
 
 
 class NoiseSource(SampleList):
