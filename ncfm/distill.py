@@ -246,9 +246,10 @@ class Distiller:
         """One step on real images: class index -> (N_c, C, H, W) uint8 or float in [0, 1].
 
         The members of a group are given the same batches and each extracts its part of them.
-        Returns per-class sums over this worker's classes (detached, on the device; a member's share
-        of them; of the last inner step), each to be divided by the number of classes once summed
-        over the workers. Raises NonFiniteLossError before that loss changes any image.
+        Returns sums over this worker's classes (detached, on the device; a member's share of them;
+        of the last inner step), each to be divided by the number of classes once summed over the
+        workers: the objective under its own name, `calibration` and `psi_objective`. Raises
+        NonFiniteLossError before that loss changes any image.
         """
         cfg, classes = self.config, list(self.images)
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
@@ -310,7 +311,7 @@ class Distiller:
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y
         found = [torch.cat(values) for values in (losses, objectives) if values]
-        metrics = {"ncfd": found[0].sum() / members}
+        metrics: dict[str, Tensor] = {cfg.objective: found[0].sum() / members}
         if cfg.calibration:
             metrics["calibration"] = self._calibrate(stored, prepare) / members
         slopes = [p.grad.sum() for p in stored if p.grad is not None]

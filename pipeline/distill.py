@@ -17,6 +17,9 @@ from pipeline.workers import Workers, fit
 
 __all__ = ["DistillJob", "distill", "write_set"]
 
+DISTILL_VERSION = 1
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+
 
 def distill(
     job: DistillJob, workers: Workers, *, storage: UPath, run_directory: UPath, provenance: Manifest

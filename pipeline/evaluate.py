@@ -44,6 +44,8 @@ SetName = Literal[
     "whole",
 ]
 
+EVALUATE_VERSION = 1
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
 MOST_THREADS = 4  # of a network: batches of 128 are trained in four parts
 CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 
@@ -77,7 +79,7 @@ class EvaluationTask:
 
     def result_path(self, cache: UPath) -> UPath:
         """Where the result of exactly this network is kept."""
-        parts: list[object] = [self.set, self.repeat, self.identity]
+        parts: list[object] = [EVALUATE_VERSION, self.set, self.repeat, self.identity]
         parts += [self.model, self.training, self.seed]
         if self.is_soft:
             parts.append(self.hard_epochs)

@@ -153,7 +153,7 @@ def _evaluated(config: RunConfig, counts: list[int]) -> int:
     stored = config.ipc * len(counts)
     decoded = stored * config.synthetic.factor**2
     each = 2 * decoded + stored  # distilled, same-factor random, random
-    each += stored * config.evaluate.herding + decoded * config.curate.soft_labels
+    each += stored * ("herding" in config.evaluate.sets) + decoded * config.curate.soft_labels
     whole = config.evaluate.whole_epochs * sum(counts)
     return config.evaluate.repeats * (config.evaluate.training.epochs * each + whole)
 

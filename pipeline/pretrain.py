@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
+PRETRAIN_VERSION = 1
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:

@@ -23,9 +23,11 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig
 from pipeline.data.batches import StoredImages
 from pipeline.distill_loop import DistillJob, Loop
+from pipeline.evaluate import EVALUATE_VERSION
 from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.stage import canonical_json, fingerprint, peak_rss_bytes, read_json, write_atomic
 from pipeline.tracking import TrackedRun, Trackers
+from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search_space import INPUTS, Values, override
 from pipeline.workers import current_context
 
@@ -143,7 +145,8 @@ class SweepJob:
         base = self.inputs[input_key(values)]
         identity = fingerprint(
             "trial",
-            base.checkpoints.name,  # shards, networks, seed
+            [TUNE_VERSION, EVALUATE_VERSION],
+            base.checkpoints.name,  # shards, networks, seed, the version of the distillation
             *(config.synthetic, config.distill, config.frequencies, config.augment, config.ipc),
             *(rungs, training, config.model, config.tune.repeats),
         )

@@ -51,15 +51,22 @@ def test_the_same_command_reuses_everything(tiny: tuple[Path, Path]) -> None:
     assert (directory / "distilled" / "synthetic.safetensors").stat().st_mtime_ns == before
 
 
-def test_one_worker_gives_the_same_images_as_two(tiny: tuple[Path, Path]) -> None:
-    """Invariant 1; shards and pool are those of the other run."""
+def test_one_worker_gives_the_same_as_two(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    """Invariant 1, from nothing: the bytes of shards and networks, the images, the accuracies."""
     folder, directory = tiny
-    other, stages = run(folder, "--num_workers", "1", "--name", "alone")
-    assert stages["shard"]["reused"]
-    assert stages["pretrain"]["reused"]
-    assert not stages["distill"]["reused"]
+    other, stages = run(tmp_path, "--num_workers", "1")
+    assert not any(stage.get("reused") for stage in stages.values())
+    for pattern in ("shard-*/**/*.tar", "pretrain-*/network-*.safetensors"):
+        files = [
+            {path.relative_to(root): path.read_bytes() for path in root.glob(pattern)}
+            for root in (folder / "runs" / "cache", tmp_path / "runs" / "cache")
+        ]
+        assert files[1]
+        assert {path: files[0].get(path) for path in files[1]} == files[1]
     images = [ncfm.load(d / "distilled").images for d in (directory, other)]
     assert torch.equal(*images)
+    rows = [json.loads((d / "evaluation.json").read_text())["rows"] for d in (directory, other)]
+    assert rows[0] == rows[1]
 
 
 def test_a_changed_option_redoes_what_depends_on_it(tiny: tuple[Path, Path]) -> None:
