@@ -194,7 +194,7 @@ def _tar(task: ShardTask, encoded: dict[str, bytes], suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-class ShardError(OSError):
+class ShardError(StorageError):
     """A shard is missing or damaged; the message names the file and says what to do."""
 
 

@@ -272,7 +272,7 @@ def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[i
         if needed - begun > shutil.disk_usage(directory).free:
             raise error("the disk has too little room")
         yield tell
-    except (ShardError, StorageError):
+    except StorageError:
         raise
     except OSError as failure:
         raise error(failure.strerror or str(failure)) from failure

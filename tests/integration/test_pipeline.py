@@ -13,6 +13,7 @@ from tiny import run, stage
 
 import ncfm
 from pipeline.progress import read_rows
+from pipeline.workers import storage_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +114,17 @@ def test_every_cluster_gives_the_same(
     assert torch.equal(*images)
     rows = [json.loads((d / "evaluation.json").read_text())["rows"] for d in (directory, other)]
     assert rows[0] == rows[1]
+
+
+def test_a_store_that_cannot_be_made_is_one_line(tiny: tuple[Path, Path]) -> None:
+    """As `run.py` prints it, from a worker of Ray Train."""
+    directory = str(tiny[0] / "tiny.toml" / "below")
+    with pytest.raises(Exception, match="Traceback") as caught:
+        run(tiny[0], "--name", "no-disk", "--runtime.local_directory", directory)
+    line = str(storage_error(caught.value))
+    assert line.startswith(f"cannot make the store of real images in {directory}/ncfm-store-")
+    assert "Not a directory; " in line
+    assert "\n" not in line
 
 
 def test_a_changed_option_redoes_what_depends_on_it(tiny: tuple[Path, Path]) -> None:
