@@ -19,6 +19,7 @@ from pipeline.audit import AUDIT_VERSION, AuditJob, audit, audit_table
 from pipeline.config import Command, RunConfig, UsageError, changed_command
 from pipeline.continual import CONTINUAL_VERSION, continual_rows, continual_table, moments
 from pipeline.curate import CURATE_VERSION, CurateJob, curate
+from pipeline.data.store import Store
 from pipeline.distill import DISTILL_VERSION, DistillJob, distill
 from pipeline.evaluate import (
     EVALUATE_VERSION,
@@ -133,6 +134,11 @@ class Run:
         found = self._stage("shard", self.shard_directory, self.shard_directory.name, build)
         return {**found, "class_names": list(self.source.class_names)}  # as they are called by now
 
+    @property
+    def store(self) -> Store:
+        """The images of the shards on whatever node asks for them."""
+        return Store(self.shard_directory, self.shards, self.config.runtime.local_directory)
+
     # ------------------------------------------------------------------ pretrain
 
     @cached_property
@@ -156,12 +162,10 @@ class Run:
         """The pool of extractors. A larger pool adds to a smaller one."""
         cfg = self.config
         job = PretrainJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             directory=self.pool_directory,
             model=cfg.model,
             config=cfg.pretrain,
-            stream=cfg.stream,
             seed=cfg.seed,
         )
 
@@ -191,8 +195,7 @@ class Run:
             *matters,
         )
         return DistillJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
             checkpoints=self.directory / "checkpoints" / identity,
@@ -202,7 +205,6 @@ class Run:
             distill=cfg.distill,
             frequencies=cfg.frequencies,
             augment=cfg.augment,
-            stream=cfg.stream,
             runtime=cfg.runtime,
             ipc=cfg.ipc,
             seed=cfg.seed,
@@ -356,8 +358,7 @@ class Run:
             set=name,
             repeat=repeat,
             identity=fingerprint(self.shards["fingerprint"], content[name]()),
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             distilled=self.directory / ("curated" if name == "distilled_soft" else "distilled"),
             pool=self.pool_directory,
             pool_model=cfg.model,
@@ -370,7 +371,6 @@ class Run:
             classes=classes,
             ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
             factor=cfg.synthetic.factor,
-            memory_budget=cfg.stream.memory_budget_mib * 2**20,
             seed=cfg.seed,
         )
 
@@ -385,14 +385,12 @@ class Run:
         cfg = self.config
         models = [self._model(name) for name in cfg.audit.networks] or [cfg.model]
         job = AuditJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             distilled=self.directory / "distilled",
             extractors=tuple((model, self._unseen_extractor(model)) for model in models),
             config=cfg.audit,
             ipc=cfg.ipc,
             factor=cfg.synthetic.factor,
-            memory_budget=cfg.stream.memory_budget_mib * 2**20,
             seed=cfg.seed,
         )
         shards = self.shards["splits"]["train"]["shards"]
@@ -422,12 +420,10 @@ class Run:
         seed = keyed_seed(cfg.seed, "audit_extractor")
         directory = self._pool_directory(model, seed)
         job = PretrainJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             directory=directory,
             model=model,
             config=dataclasses.replace(cfg.pretrain, networks=1),
-            stream=cfg.stream,
             seed=seed,
         )
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from upath import UPath
 
 from pipeline.config import UsageError
+from pipeline.image_files import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -205,3 +206,14 @@ def fit(
 
     threading.Thread(target=work, name="fit", daemon=True).start()
     done.result()
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """The StorageError in an exception, also as Ray wraps that of a task or of a Train worker; its
+    message is one line, theirs a traceback. None if there is none.
+    """
+    wrapped = [getattr(error, name, None) for name in ("cause", "_base_exc", "__cause__")]
+    for inner in [*wrapped, *getattr(error, "worker_failures", {}).values()]:
+        if isinstance(inner, BaseException) and (found := storage_error(inner)) is not None:
+            return found
+    return error if isinstance(error, StorageError) else None
