@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
+from ncfm.kernels import kernel_logits
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from ncfm.threads import mapped
@@ -96,10 +97,11 @@ def confusion_matrix(
     classes = spec.num_classes
     counts = torch.zeros(classes * classes, dtype=torch.long)
     part = CPU_BATCH if torch.device(device).type == "cpu" else batch_size
+    logits = kernel_logits(model, training=False) or model
 
     def classify(images: Tensor) -> Tensor:
         with torch.no_grad():  # in its thread, too
-            said: Tensor = model(spec.normalize(to_unit(to_device(images, device)))).argmax(1)
+            said: Tensor = logits(spec.normalize(to_unit(to_device(images, device)))).argmax(1)
         return said.cpu()
 
     with mapped(threads) as each:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ncfm.kernels import FrozenConvNet, freeze
+from ncfm.kernels import NativeConvNet, native
 from ncfm.models import Classifier
 
 State = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class ExtractorPool:
         self._trained = torch.stack([self._flatten(trained) for _, trained in states]).to(device)
         self._flat = self._initial[0].clone()
         self._point_into(self._flat)
-        self._frozen: FrozenConvNet | None = None
+        self._frozen: NativeConvNet | None = None
 
     def __len__(self) -> int:
         return len(self._initial)
@@ -63,11 +63,11 @@ class ExtractorPool:
         self._flat = self._flat.to(dtype)
         self._point_into(self._flat)
 
-    def freeze(self) -> FrozenConvNet | None:
+    def freeze(self) -> NativeConvNet | None:
         """The model's features by kernels of our own, which follow every blend; None where there
         are none for it.
         """
-        self._frozen = freeze(self.model)
+        self._frozen = native(self.model)
         return self._frozen
 
     def blend(self, index: int, beta: float) -> Classifier:

@@ -107,7 +107,8 @@ class InMemoryImages:
 class Relabelled:
     """An ImageSource of some classes of another: label classes[i] becomes i.
 
-    The source must hold images of these classes alone; labels are class indices (N,).
+    The source must hold images of these classes alone. A soft label (all classes,) becomes the
+    distribution over these classes, p(classes[i] | one of classes).
     """
 
     source: ImageSource
@@ -123,4 +124,8 @@ class Relabelled:
         table = torch.full((max(self.classes) + 1,), -1)
         table[torch.tensor(self.classes)] = torch.arange(len(self.classes))
         for images, labels in self.source.epoch(batch_size, generator):
-            yield images, table.to(labels.device)[labels]
+            if labels.ndim == 2:
+                own = labels[:, list(self.classes)]
+                yield images, own / own.sum(1, keepdim=True)
+            else:
+                yield images, table.to(labels.device)[labels]

@@ -1,14 +1,17 @@
-// What a step on a CPU spends its time on, in float32.
+// Float32 CPU kernels: blocks of a ConvNet, forward and backward, and psi's gradient.
 //
-// Blocks of a ConvNet whose weights are frozen: 3x3 convolution, instance norm, ReLU and 2x2
-// average pooling, forward and back to the input. What a block computes on the way stays in a
-// core's cache, and an image's numbers depend on it alone, not on the others or on the threads.
-// Convolutions of maps are Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section
-// 4.3): a tile of 4x4 outputs comes from one of 6x6 inputs, transformed, by 36 products over the
-// channels where the definition has 144. Those of images are products with the neighbourhoods of
-// pixels. Convolutions need no bias: the norm subtracts it.
+// A block is a 3x3 convolution, instance norm, ReLU and 2x2 average pooling. Backward, it gives the
+// gradient with respect to its input, and in training also to the weights of the convolution and of
+// the norm. What a block computes on the way stays in a core's cache, and an image's numbers depend
+// on it alone, not on the others or on the threads. Convolutions of maps are Winograd's
+// F(4x4, 3x3) (Lavin and Gray, CVPR 2016, eq. 8 and section 4.3): a tile of 4x4 outputs comes from
+// one of 6x6 inputs, transformed, by 36 products over the channels where the definition has 144.
+// Gradients with respect to their weights are products of transformed tiles, too: the transposes of
+// the transforms take output gradients to the products, and sums of products to the weights. The
+// convolutions of images are products with the neighbourhoods of pixels. Convolutions need no bias:
+// the norm subtracts it.
 //
-// And the gradient of psi's objective: a product of which only sums over draws are written.
+// The gradient of psi's objective is a product of which only sums over draws are written.
 //
 // Matrices and maps are in panels of 16 columns. Maps: (channels / 16, height, width, 16) for each
 // image. A matrix on the right of a product: (columns / 16, rows, 16). Images are channels-last.
@@ -32,7 +35,7 @@ constexpr int WIDTH = 8, ROWS = 6, PANELS = 1;  // 12 of 16
 constexpr int WIDTH = 4, ROWS = 6, PANELS = 1;  // 24 of NEON's 32
 #endif
 constexpr int PANEL = 16, PIECES = PANEL / WIDTH;
-constexpr Index TILES = 16;      // transformed together
+constexpr Index TILES = 48;      // transformed together
 constexpr Index TOGETHER = 128;  // features of whose samples a core keeps its share in its cache
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -96,7 +99,7 @@ void multiply_rows(Left a, Index rows, const float* panels, float* c, Index apar
     for (; rows >= R; rows -= R, a.data += R * a.stride, c += R * PANEL)
         multiply<R, P>(a, panels, c, apart, add);
     if constexpr (R > 1)
-        if (rows) multiply_rows<R / 2, P>(a, rows, panels, c, apart, add);
+        if (rows) multiply_rows<R == 6 ? 4 : R / 2, P>(a, rows, panels, c, apart, add);
 }
 
 // c (columns / 16, `apart` / 16, 16), of which it fills the first rows, = or += a times a matrix.
@@ -140,44 +143,116 @@ inline void gather(const Vector* x, Vector* y, int step) {
     y[3 * step] = b + 8 * d + x[5 * step];
 }
 
+// The transpose of `gather`, of the gradients of four outputs to those of six products.
+inline void gather_back(const Vector* x, Vector* y, int step) {
+    const Vector even = x[0] + x[2 * step], odd = x[step] + x[3 * step];
+    const Vector far_even = x[0] + 4 * x[2 * step], far_odd = 2 * x[step] + 8 * x[3 * step];
+    y[0] = x[0];
+    y[step] = even + odd;
+    y[2 * step] = even - odd;
+    y[3 * step] = far_even + far_odd;
+    y[4 * step] = far_even - far_odd;
+    y[5 * step] = x[3 * step];
+}
+
+// The transform of a kernel, of three weights to six.
+inline void of_kernel(const Vector* x, Vector* y, int from, int to) {
+    const Vector a = x[0] + x[2 * from], b = x[0] + 4 * x[2 * from], c = 2 * x[from];
+    y[0] = x[0] / 4;
+    y[to] = (a + x[from]) / -6;
+    y[2 * to] = (a - x[from]) / -6;
+    y[3 * to] = (b + c) / 24;
+    y[4 * to] = (b - c) / 24;
+    y[5 * to] = x[2 * from];
+}
+
+// Its transpose, of six gradients to three.
+inline void of_kernel_back(const Vector* x, Vector* y, int from, int to) {
+    const Vector a = (x[from] + x[2 * from]) / 6, b = (x[3 * from] + x[4 * from]) / 24;
+    y[0] = x[0] / 4 - a + b;
+    y[to] = (x[2 * from] - x[from]) / 6 + (x[3 * from] - x[4 * from]) / 12;
+    y[2 * to] = x[5 * from] - a + 4 * b;
+}
+
+// The 4x4 tiles of maps, counted through the images of a batch.
+struct Tiles {
+    explicit Tiles(const Maps& maps)
+        : maps(maps), down((maps.height + 3) / 4), across((maps.width + 3) / 4) {}
+    Index all() const { return maps.images * down * across; }
+    Index image(Index tile) const { return tile / (down * across); }
+    Index top(Index tile) const { return tile / across % down * 4; }
+    Index left(Index tile) const { return tile % across * 4; }
+    Maps maps;
+    Index down, across;
+};
+
+// inputs (36, count, channels) = the transforms of the tiles' inputs, 6x6 pixels of x each.
+void transform_inputs(const float* x, const Tiles& tiles, Index first, Index count, float* inputs) {
+    const Maps& in = tiles.maps;
+    for (Index t = 0; t < count; t++) {
+        const Index top = tiles.top(first + t) - 1, left = tiles.left(first + t) - 1;
+        for (Index c = 0; c < in.channels; c += WIDTH) {
+            const float* from =
+                x + tiles.image(first + t) * in.image() + c / PANEL * in.panel() + c % PANEL;
+            Vector v[36], w[36];
+            for (Index i = 0; i < 6; i++)
+                for (Index j = 0; j < 6; j++) {
+                    const Index row = top + i, column = left + j;
+                    const bool inside =
+                        row >= 0 && row < in.height && column >= 0 && column < in.width;
+                    v[6 * i + j] =
+                        inside ? load(from + (row * in.width + column) * PANEL) : Vector{};
+                }
+            for (int j = 0; j < 6; j++) spread(v + j, w + j, 6);
+            for (int i = 0; i < 6; i++) spread(w + 6 * i, v + 6 * i, 1);
+            for (Index p = 0; p < 36; p++) store(inputs + (p * count + t) * in.channels + c, v[p]);
+        }
+    }
+}
+
+// products (36, channels / 16, count, 16) = the transforms of the gradients of the tiles' outputs,
+// 4x4 pixels of y each.
+void transform_gradients(const float* y, const Tiles& tiles, Index first, Index count,
+                         float* products) {
+    const Maps& out = tiles.maps;
+    for (Index t = 0; t < count; t++) {
+        const Index top = tiles.top(first + t), left = tiles.left(first + t);
+        for (Index c = 0; c < out.channels; c += WIDTH) {
+            const float* from =
+                y + tiles.image(first + t) * out.image() + c / PANEL * out.panel() + c % PANEL;
+            Vector v[36], w[36];
+            for (Index i = 0; i < 4; i++)
+                for (Index j = 0; j < 4; j++) {
+                    const bool inside = top + i < out.height && left + j < out.width;
+                    v[6 * i + j] =
+                        inside ? load(from + ((top + i) * out.width + left + j) * PANEL) : Vector{};
+                }
+            for (int j = 0; j < 4; j++) gather_back(v + j, w + j, 6);
+            for (int i = 0; i < 6; i++) gather_back(w + 6 * i, v + 6 * i, 1);
+            float* to = products + (c / PANEL * count + t) * PANEL + c % PANEL;
+            for (Index p = 0; p < 36; p++) store(to + p * count * out.channels, v[p]);
+        }
+    }
+}
+
 Index winograd_space(Index inputs, Index outputs) { return 36 * TILES * (inputs + outputs); }
 
 // y, of so many channels = the convolution, padded by 1, of x with kernels: 36 matrices of panels.
 void winograd(const float* x, const Maps& in, const float* kernels, float* y, Index outputs,
               float* space) {
     const Maps out{in.images, outputs, in.height, in.width};
-    const Index down = (in.height + 3) / 4, across = (in.width + 3) / 4;
-    const Index all = in.images * down * across;
+    const Tiles tiles(in);
     float *inputs = space, *products = space + 36 * TILES * in.channels;
-    for (Index first = 0; first < all; first += TILES) {
-        const Index count = std::min(TILES, all - first);
-        for (Index t = 0; t < count; t++) {
-            const Index tile = first + t, image = tile / (down * across);
-            const Index top = tile / across % down * 4 - 1, left = tile % across * 4 - 1;
-            for (Index c = 0; c < in.channels; c += WIDTH) {
-                const float* from = x + image * in.image() + c / PANEL * in.panel() + c % PANEL;
-                Vector v[36], w[36];
-                for (Index i = 0; i < 6; i++)
-                    for (Index j = 0; j < 6; j++) {
-                        const Index row = top + i, column = left + j;
-                        const bool inside =
-                            row >= 0 && row < in.height && column >= 0 && column < in.width;
-                        v[6 * i + j] =
-                            inside ? load(from + (row * in.width + column) * PANEL) : Vector{};
-                    }
-                for (int j = 0; j < 6; j++) spread(v + j, w + j, 6);
-                for (int i = 0; i < 6; i++) spread(w + 6 * i, v + 6 * i, 1);
-                for (Index p = 0; p < 36; p++)
-                    store(inputs + (p * count + t) * in.channels + c, v[p]);
-            }
-        }
+    for (Index first = 0; first < tiles.all(); first += TILES) {
+        const Index count = std::min(TILES, tiles.all() - first);
+        transform_inputs(x, tiles, first, count, inputs);
         for (Index p = 0; p < 36; p++)
             product({inputs + p * count * in.channels, in.channels, 1, in.channels, 0}, count,
                     kernels + p * in.channels * outputs, outputs, products + p * count * outputs,
                     count * PANEL);
         for (Index t = 0; t < count; t++) {
-            const Index tile = first + t, image = tile / (down * across);
-            const Index top = tile / across % down * 4, left = tile % across * 4;
+            const Index image = tiles.image(first + t);
+            const Index top = tiles.top(first + t), left = tiles.left(first + t);
             const Index rows = std::min<Index>(4, in.height - top);
             const Index columns = std::min<Index>(4, in.width - left);
             for (Index c = 0; c < outputs; c += WIDTH) {
@@ -192,6 +267,23 @@ void winograd(const float* x, const Maps& in, const float* kernels, float* y, In
                         store(to + ((top + i) * in.width + left + j) * PANEL, v[6 * i + j]);
             }
         }
+    }
+}
+
+// sums (36, outputs / 16, channels, 16) += the gradients with respect to the transformed kernels,
+// from those of y, of so many channels, and x.
+void winograd_weights(const float* x, const Maps& in, const float* y, Index outputs, float* sums,
+                      float* space) {
+    const Tiles tiles(in), of_outputs({in.images, outputs, in.height, in.width});
+    float *inputs = space, *products = space + 36 * TILES * in.channels;
+    for (Index first = 0; first < tiles.all(); first += TILES) {
+        const Index count = std::min(TILES, tiles.all() - first);
+        transform_inputs(x, tiles, first, count, inputs);
+        transform_gradients(y, of_outputs, first, count, products);
+        for (Index p = 0; p < 36; p++)
+            product({inputs + p * count * in.channels, 1, 1, count, 0, in.channels}, in.channels,
+                    products + p * count * outputs, outputs, sums + p * in.channels * outputs,
+                    in.channels * PANEL, true);
     }
 }
 
@@ -223,6 +315,15 @@ void convolve(const float* frame, const Frame& f, const float* panels, Index col
     for (Index i = 0; i < f.height; i++)
         product({frame + i * f.row(), f.channels, 3, 3 * f.channels, f.row()}, f.width, panels,
                 columns, maps + i * f.width * PANEL, f.height * f.width * PANEL);
+}
+
+// sums (3, columns / 16, 3 channels, 16) += the gradients with respect to the weights of one panel,
+// row by row of the kernels, from those of its maps (height, width, 16).
+void convolve_weights(const float* frame, const Frame& f, const float* maps, float* sums,
+                      Index apart) {
+    for (Index k = 0; k < 3; k++)
+        product({frame + k * f.row(), 1, f.height, f.width, f.row(), f.channels}, 3 * f.channels,
+                maps, PANEL, sums + k * apart, 0, true);
 }
 
 // The way back: every pixel's share of the maps' slopes, (columns / 16, height, width, 16), of
@@ -295,28 +396,42 @@ void activate(const float* maps, Index height, Index width, const Norm& norm, In
     }
 }
 
-// The slopes of a panel of maps, from those of what was pooled.
+// The gradients of a panel of maps, from those of what was pooled. Unless they are null, adds to
+// of_scale and of_shift (16) those with respect to the norm's.
 void activate_back(const float* pooled, const float* maps, const float* statistics, Index height,
-                   Index width, const Norm& norm, Index channel, float* slopes) {
+                   Index width, const Norm& norm, Index channel, float* gradients, float* of_scale,
+                   float* of_shift) {
+    const float pixels = static_cast<float>(height * width);
     for (int c = 0; c < PANEL; c += WIDTH) {
         const Vector mean = load(statistics + c), rate = load(statistics + PANEL + c);
         const Vector scale = load(norm.scale + channel + c);
-        const Vector shift = load(norm.shift + channel + c), share = scale / 4;
-        const auto normal = [=](Index i, Index j) {
-            return (load(maps + (i * width + j) * PANEL + c) - mean) * rate;
+        const Vector shift = load(norm.shift + channel + c);
+        const Vector factor = rate * scale;
+        const auto centred = [=](Index i, Index j) {
+            return load(maps + (i * width + j) * PANEL + c) - mean;
         };
-        const auto slope = [=](Index i, Index j) {
+        const auto gradient = [=](Index i, Index j, const Vector& x) {
             if (i / 2 >= height / 2 || j / 2 >= width / 2) return Vector{};  // an odd last one
-            const Vector s = share * load(pooled + (i / 2 * (width / 2) + j / 2) * PANEL + c);
-            return normal(i, j) * scale + shift <= 0 ? Vector{} : s;
+            const Vector g = load(pooled + (i / 2 * (width / 2) + j / 2) * PANEL + c) / 4;
+            return x * factor + shift <= 0 ? Vector{} : g;  // as `activate` rounds it
         };
-        const Vector of_slope = mean_of(height, width, slope);
-        const Vector of_product = mean_of(
-            height, width, [=](Index i, Index j) { return slope(i, j) * normal(i, j); });
+        const Vector of_sum = mean_of(
+            height, width, [=](Index i, Index j) { return gradient(i, j, centred(i, j)); });
+        const Vector of_product = rate * mean_of(height, width, [=](Index i, Index j) {
+            const Vector x = centred(i, j);
+            return gradient(i, j, x) * x;
+        });
+        if (of_scale) {
+            store(of_scale + c, load(of_scale + c) + of_product * pixels);
+            store(of_shift + c, load(of_shift + c) + of_sum * pixels);
+        }
+        const Vector slope = rate * of_product;
         for (Index i = 0; i < height; i++)
-            for (Index j = 0; j < width; j++)
-                store(slopes + (i * width + j) * PANEL + c,
-                      rate * (slope(i, j) - of_slope - normal(i, j) * of_product));
+            for (Index j = 0; j < width; j++) {
+                const Vector x = centred(i, j);
+                store(gradients + (i * width + j) * PANEL + c,
+                      factor * (gradient(i, j, x) - of_sum - x * slope));
+            }
     }
 }
 
@@ -402,7 +517,7 @@ void block_backward(const Block* block, Index images, const float* pooled, const
         const auto begin = [&](Index image, Index panel, float* to) {
             const Index at = image * all_panels + panel;
             activate_back(pooled + at * half, maps + at * out.panel(), statistics + at * 2 * PANEL,
-                          b.height, b.width, norm, panel * PANEL, to);
+                          b.height, b.width, norm, panel * PANEL, to, nullptr, nullptr);
         };
 #pragma omp for schedule(dynamic)
         for (Index first = 0; first < images; first += count) {
@@ -424,6 +539,90 @@ void block_backward(const Block* block, Index images, const float* pooled, const
             }
         }
     }
+}
+
+// Gradients of what was pooled -> those with respect to the weights (outputs, channels, 3, 3), to
+// the norm's scale and shift (outputs), and, unless it is null or the block is one of images, to x.
+// On one thread: they are sums over the images, in their order.
+void block_backward_weights(const Block* block, Index images, const float* pooled, const float* x,
+                            const float* maps, const float* statistics, float* of_weights,
+                            float* of_scale, float* of_shift, float* of_x) {
+    const Block& b = *block;
+    const Norm norm{b.scale, b.shift, b.epsilon};
+    const Maps in{images, b.channels, b.height, b.width}, out{images, b.outputs, b.height, b.width};
+    const Frame frame{b.channels, b.height, b.width, b.padding};
+    const Index half = b.height / 2 * (b.width / 2) * PANEL, all_panels = b.outputs / PANEL;
+    const Index count = b.of_images ? 1 : together(in, 1);
+    const Index size = (b.of_images ? 9 : 36) * b.channels * b.outputs;
+    const Array space(b.of_images ? frame.size() : winograd_space(b.outputs, b.channels));
+    const Array gradients(b.of_images ? out.panel() : count * out.image()), sums(size);
+    std::fill_n(static_cast<float*>(sums), size, 0.0f);
+    std::fill_n(of_scale, b.outputs, 0.0f);
+    std::fill_n(of_shift, b.outputs, 0.0f);
+    for (Index first = 0; first < images; first += count) {
+        const Index some = std::min(count, images - first);
+        if (b.of_images) frame.fill(space, x + first * frame.image());
+        for (Index k = 0; k < some * all_panels; k++) {
+            const Index at = first * all_panels + k, panel = k % all_panels;
+            float* to = gradients + (b.of_images ? 0 : k * out.panel());
+            activate_back(pooled + at * half, maps + at * out.panel(), statistics + at * 2 * PANEL,
+                          b.height, b.width, norm, panel * PANEL, to, of_scale + panel * PANEL,
+                          of_shift + panel * PANEL);
+            if (b.of_images)
+                convolve_weights(space, frame, to, sums + panel * 3 * b.channels * PANEL,
+                                 3 * b.channels * b.outputs);
+        }
+        if (b.of_images) continue;
+        const Maps part{some, b.channels, b.height, b.width};
+        winograd_weights(x + first * in.image(), part, gradients, b.outputs, sums, space);
+        if (of_x)
+            winograd(gradients, {some, b.outputs, b.height, b.width}, b.turned,
+                     of_x + first * in.image(), b.channels, space);
+    }
+    for (Index o = 0; o < b.outputs; o += WIDTH)
+        for (Index c = 0; c < b.channels; c++) {
+            Vector v[36], w[36];
+            if (b.of_images) {
+                for (Index k = 0; k < 9; k++)
+                    w[k] = load(sums + k / 3 * 3 * b.channels * b.outputs +
+                                (o / PANEL * 3 * b.channels + k % 3 * b.channels + c) * PANEL +
+                                o % PANEL);
+            } else {
+                for (Index p = 0; p < 36; p++)
+                    v[p] = load(sums + p * b.channels * b.outputs +
+                                (o / PANEL * b.channels + c) * PANEL + o % PANEL);
+                for (int j = 0; j < 6; j++) of_kernel_back(v + j, w + j, 6, 6);
+                for (int i = 0; i < 3; i++) of_kernel_back(w + 6 * i, v + 3 * i, 1, 1);
+                std::copy_n(v, 9, w);
+            }
+            for (Index lane = 0; lane < WIDTH; lane++)
+                for (Index k = 0; k < 9; k++)
+                    of_weights[((o + lane) * b.channels + c) * 9 + k] = w[k][lane];
+        }
+}
+
+// kernels (36, outputs / 16, channels, 16) = the transforms of weights (outputs, channels, 3, 3);
+// turned (36, channels / 16, outputs, 16), those of the convolution that goes back.
+void transform_kernels(const float* weights, Index channels, Index outputs, float* kernels,
+                       float* turned) {
+    const Index size = channels * outputs;
+    const auto transform = [&](Index columns, Index rows, Index of_column, Index of_row, bool flip,
+                               float* to) {
+        for (Index n = 0; n < columns; n += WIDTH)
+            for (Index row = 0; row < rows; row++) {
+                Vector v[36], w[36];
+                for (Index lane = 0; lane < WIDTH; lane++)
+                    for (Index k = 0; k < 9; k++)
+                        w[k][lane] =
+                            weights[(n + lane) * of_column + row * of_row + (flip ? 8 - k : k)];
+                for (int j = 0; j < 3; j++) of_kernel(w + j, v + j, 3, 3);
+                for (int i = 0; i < 6; i++) of_kernel(v + 3 * i, w + 6 * i, 1, 1);
+                for (Index p = 0; p < 36; p++)
+                    store(to + p * size + (n / PANEL * rows + row) * PANEL + n % PANEL, w[p]);
+            }
+    };
+    transform(outputs, channels, channels * 9, 9, false, kernels);
+    transform(channels, outputs, 9, channels * 9, true, turned);
 }
 
 // Samples (samples, features), their cosines and sines (samples, components draws), and the slopes

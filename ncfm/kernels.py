@@ -1,5 +1,5 @@
-"""What a step on a CPU spends its time on, in float32, by kernels of our own (`kernels.cpp`): the
-features of a frozen ConvNet, and psi's gradient.
+"""Native float32 CPU kernels (`kernels.cpp`): ConvNet features, frozen and in training, and psi's
+gradient.
 
 PyTorch's layers write each map to memory and read it again; here a block keeps its maps in a core's
 cache, with a quarter of the multiplications. A C++ compiler makes the kernels for the processor at
@@ -22,23 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ncfm.models import Classifier
 from ncfm.models.convnet import ConvNet
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = "-O3 -march=native -ffp-contract=fast -std=gnu++17 -fopenmp -shared -fPIC"
 PANEL = 16  # columns of a matrix that the kernels take together
-
-Matrix = tuple[tuple[float, float, float], ...]
-OF_KERNEL: Matrix = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
-"""Winograd's F(4x4, 3x3), the transform of a kernel (Lavin and Gray, CVPR 2016, section 4.3)."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +44,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         logger.warning(
-            "going on without kernels of our own, with which a step takes up to three times less: "
-            "they need a C++ compiler with OpenMP ($CXX, or c++): %s",
+            "no C++ compiler with OpenMP ($CXX, or c++): falling back to PyTorch layers; "
+            "distillation takes up to three times as long, training twice: %s",
             (said or str(error)).strip().splitlines()[0],
         )
         return None
@@ -79,33 +67,32 @@ class _Layers:
 
     def __init__(self, conv: nn.Conv2d, norm: nn.GroupNorm, *, of_images: bool) -> None:
         self.conv, self.norm, self.of_images = conv, norm, of_images
-        self.refresh()
 
     def refresh(self) -> None:
         """Take the weights as they are now."""
         weight = self.conv.weight.detach()  # (O, C, 3, 3)
+        # New tensors: the backward pass of an earlier forward pass needs those that it had.
         if self.of_images:
             back = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C)
-            kernels = back.mT
-            turned = F.pad(back, (0, -back.shape[1] % PANEL)).unflatten(0, (-1, PANEL))
+            kernels = _panels(back.mT)
+            turned = _panels(F.pad(back, (0, -back.shape[1] % PANEL)).unflatten(0, (-1, PANEL)))
         else:
-            kernels = _transform(weight)
-            turned = _transform(weight.flip(2, 3).transpose(0, 1))
-        # New tensors: the way back of an earlier pass goes on with those that it had.
+            outputs, channels = weight.shape[:2]
+            kernels, turned = weight.new_empty(2, 36, channels * outputs)
+            _call("transform_kernels", weight.contiguous(), channels, outputs, kernels, turned)
         scale, shift = self.norm.weight.detach().clone(), self.norm.bias.detach().clone()
-        self.weights = _panels(kernels), _panels(turned), scale, shift
+        self.weights = kernels, turned, scale, shift
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What training changes: a bias before an instance norm has no effect, and no gradient."""
+        return self.conv.weight, self.norm.weight, self.norm.bias
 
     def block(self, height: int, width: int) -> _Block:
-        """What the kernels are told, for maps of that size; it points to the `weights`."""
+        """The argument of the kernels for maps of that size; it points to the `weights`."""
         sizes = (self.conv.in_channels, self.conv.out_channels, height, width)
         addresses = (tensor.data_ptr() for tensor in self.weights)
         return _Block(self.of_images, self.conv.padding[0], *sizes, *addresses, self.norm.eps)
-
-
-def _transform(weight: Tensor) -> Tensor:
-    """Winograd's, of kernels (O, C, 3, 3): (36, C, O)."""
-    matrix = torch.tensor(OF_KERNEL, dtype=weight.dtype)
-    return torch.einsum("ia,jb,ocab->ijco", matrix, matrix, weight).flatten(0, 1)
 
 
 def _panels(matrix: Tensor) -> Tensor:
@@ -115,37 +102,52 @@ def _panels(matrix: Tensor) -> Tensor:
 
 
 class _Pass(torch.autograd.Function):
-    """Through a block: images (N, H, W, C) or maps (N, C / 16, H, W, 16) -> maps, pooled."""
+    """Through a block: images (N, H, W, C) or maps (N, C / 16, H, W, 16) -> maps, pooled.
+
+    `parameters` are those of the layers if gradients with respect to them are wanted, else none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: _Layers) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: _Layers, *parameters: Tensor) -> Tensor:
         x, n, panels = x.contiguous(), len(x), layers.conv.out_channels // PANEL
         more = 2 * int(layers.conv.padding[0]) - 2
         height, width = (x.shape[1] + more, x.shape[2] + more) if layers.of_images else x.shape[2:4]
         pooled = x.new_empty(n, panels, height // 2, width // 2, PANEL)
         kept: list[Tensor] = []
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad):
             kept += [x.new_empty(n, panels, height, width, PANEL), x.new_empty(n, panels, 2, PANEL)]
         block = layers.block(height, width)
         _run("block_forward", ctypes.byref(block), n, x, pooled, *kept or (None, None))
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*kept, *([x] if parameters else []))
         ctx.block, ctx.weights, ctx.shape = block, layers.weights, x.shape
+        ctx.shapes = [parameter.shape for parameter in parameters]
         return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        x = slope.new_empty(ctx.shape)
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         block, slope = ctypes.byref(ctx.block), slope.contiguous()
-        _run("block_backward", block, len(x), slope, *ctx.saved_tensors, x)
-        return x, None
+        of_x = slope.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        if not ctx.shapes:
+            _run("block_backward", block, len(slope), slope, *ctx.saved_tensors, of_x)
+            return of_x, None
+        maps, statistics, x = ctx.saved_tensors
+        gradients = [slope.new_empty(shape) for shape in ctx.shapes]
+        arguments = (slope, x, maps, statistics, *gradients, of_x)
+        _call("block_backward_weights", block, len(slope), *arguments)
+        return of_x, None, *gradients
 
 
 def _run(name: str, *arguments: Any) -> None:
     """A function of the library, on as many threads as PyTorch has."""
+    _call(name, *arguments, torch.get_num_threads())
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A function of the library; it releases the interpreter's lock."""
     kernels = library()
     assert kernels is not None
-    getattr(kernels, name)(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads()))
+    getattr(kernels, name)(*map(_argument, arguments))
 
 
 def _argument(value: Any) -> Any:
@@ -154,17 +156,21 @@ def _argument(value: Any) -> Any:
             return ctypes.c_int64(value)
         case Tensor():
             return ctypes.c_void_p(value.data_ptr())
+        case None:
+            return ctypes.c_void_p(None)
         case _:
             return value
 
 
-class FrozenConvNet:
-    """The features of a ConvNet; the gradient goes to the images alone. Once its weights change,
-    `refresh` it.
+class NativeConvNet:
+    """The features of a ConvNet by the kernels. Once its weights change, `refresh` it.
+
+    Frozen, the gradient goes to the images alone; in training, to the parameters alone.
     """
 
-    def __init__(self, layers: list[_Layers]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[_Layers], *, training: bool) -> None:
+        self.layers, self.training = layers, training
+        self.refresh()
 
     def refresh(self) -> None:
         """Take the weights as they are now."""
@@ -181,13 +187,14 @@ class FrozenConvNet:
             )
         x = images.permute(0, 2, 3, 1)
         for layers in self.layers:
-            x = _Pass.apply(x, layers)
+            x = _Pass.apply(x, layers, *(layers.parameters if self.training else ()))
         return x.permute(0, 1, 4, 2, 3).flatten(1)
 
 
-def freeze(model: Classifier) -> FrozenConvNet | None:
-    """None where there are no kernels: for other networks than a ConvNet with instance norm of a
-    width that is a multiple of 16, and without a C++ compiler.
+def native(model: nn.Module, *, training: bool = False) -> NativeConvNet | None:
+    """The model's features by the kernels; None where there are none: for other networks than a
+    ConvNet with instance norm in float32 on a CPU, of a width that is a multiple of 16, and without
+    a C++ compiler.
     """
     if not isinstance(model, ConvNet):
         return None
@@ -200,10 +207,31 @@ def freeze(model: Classifier) -> FrozenConvNet | None:
             and isinstance(norm, nn.GroupNorm)
             and norm.num_groups == norm.num_channels
             and norm.num_channels % PANEL == 0
+            and conv.weight.dtype == torch.float32
+            and conv.weight.device.type == "cpu"
         ):
             return None
         layers.append(_Layers(conv, norm, of_images=start == 0))
-    return FrozenConvNet(layers) if library() is not None else None
+    return NativeConvNet(layers, training=training) if library() is not None else None
+
+
+class KernelLogits:
+    """The logits of a ConvNet, its features by the kernels; `refresh` it after every step."""
+
+    def __init__(self, features: NativeConvNet, classifier: nn.Module) -> None:
+        self.features, self.classifier = features, classifier
+        self.refresh = features.refresh
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) -> (N, classes)."""
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
+
+
+def kernel_logits(model: nn.Module, *, training: bool) -> KernelLogits | None:
+    """As `native`, with the classifier on top."""
+    features = native(model, training=training)
+    return KernelLogits(features, model.classifier) if features is not None else None  # type: ignore[arg-type]
 
 
 class _Side(ctypes.Structure):

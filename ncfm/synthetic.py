@@ -120,9 +120,13 @@ class SyntheticSet:
         )
 
     def save(self, directory: str | Path | UPath) -> None:
-        """Write synthetic.safetensors and, last, manifest.json; makes the directory."""
+        """Write synthetic.safetensors and, last, manifest.json; makes the directory.
+
+        A manifest that is there is removed first: it is that of other data.
+        """
         path = UPath(directory)
         path.mkdir(parents=True, exist_ok=True)
+        (path / "manifest.json").unlink(missing_ok=True)
         tensors = {"images": self.images, "labels": self.labels}
         if self.soft_labels is not None:
             tensors["soft_labels"] = self.soft_labels

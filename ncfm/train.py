@@ -4,7 +4,7 @@ set.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
+from ncfm.kernels import kernel_logits
 from ncfm.memory import keep_freed_memory
 from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
 from ncfm.threads import mapped
+from ncfm.training_state import TrainingState, WeightAverages, load_state, pack_state
 
 PART_PIXELS = 2**15  # 32 images at 32 px; at width 128 no activation exceeds 16 MiB
 
@@ -35,9 +37,15 @@ class TrainConfig:
     momentum: float = 0.9
     """Momentum of SGD; AdamW ignores it."""
     weight_decay: float = 5e-4
+    schedule: Literal["steps", "cosine"] = "steps"
+    """Learning rate of an epoch. steps: multiplied by `gamma` at each of the `milestones`. cosine:
+    lr (1 + cos(pi epoch / epochs)) / 2."""
     milestones: tuple[float, ...] = (2 / 3, 5 / 6)
     """The learning rate is multiplied by `gamma` after each of these fractions of the epochs."""
     gamma: float = 0.2
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, updated after every batch; the trained
+    network has the averaged weights. None: those of the last batch."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     cutmix_prob: float = 0.0
     """Probability that a batch is mixed by CutMix."""
@@ -52,6 +60,8 @@ class TrainConfig:
             raise ValueError(f"milestones must be fractions within (0, 1), got {self.milestones}")
         if not 0 <= self.cutmix_prob <= 1:
             raise ValueError(f"cutmix_prob must be within [0, 1], got {self.cutmix_prob}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be within (0, 1), got {self.ema}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,13 @@ class EpochReport:
     epoch: int
     loss: float
     accuracy: float  # on the augmented training batches
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch, counted from 0."""
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    return config.lr * config.gamma ** sum(epoch >= m * config.epochs for m in config.milestones)
 
 
 def train(
@@ -75,6 +92,9 @@ def train(
     tail: ImageSource | None = None,
     tail_epochs: int = 0,
     threads: int = 1,
+    on_batch: Callable[[float], None] | None = None,
+    save: Callable[[TrainingState], None] | None = None,
+    resume: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Train the model in place on labelled images, hard (N,) or soft (N, classes); returns it in
     eval mode. The last `tail_epochs` of the epochs walk through `tail` (curation's fine-tuning).
@@ -82,6 +102,13 @@ def train(
     Every draw comes from (seed, purpose, epoch). `threads` share the parts of a batch, and the
     result is the same on any number (while torch.get_num_threads() is 1). Raises ValueError on an
     empty source and FloatingPointError, with the epoch, if the loss is no longer finite.
+
+    Args:
+        on_batch: called after every batch with the number of epochs done, a fraction among them.
+        report: called after every epoch; the model then has the weights that it would be returned
+            with (the averaged ones, with `ema`), in training mode.
+        save: called after every epoch and `report`, with all that the epochs to come depend on.
+        resume: such a state; training continues with the next epoch, and ends with the same bits.
     """
     if len(data) == 0 or (tail is not None and len(tail) == 0):
         raise ValueError("there is no image to train on")
@@ -90,23 +117,29 @@ def train(
     part_size = _part_size(model, spec, device)
     optimizer, augment = _optimizer(model, config), Augment(config.augment)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kernels = kernel_logits(model, training=True)
+    forward = kernels or model
+    averages = WeightAverages(parameters, config.ema)
 
     def learn(images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor, Gradients]:
         """Of a part of a batch of this size: the sum of the losses, how many are right, and what
         the part adds to the gradients.
         """
         with torch.enable_grad():
-            logits = model(images)
+            logits = forward(images)
             loss = F.cross_entropy(logits, targets, reduction="sum")
             gradients = torch.autograd.grad(loss / size, parameters, allow_unused=True)
         right = (logits.detach().argmax(1) == targets.argmax(1)).sum()
         return loss.detach(), right, gradients
 
     with mapped(threads) as each, global_generator(keyed_seed(seed, "train_layers"), device):
-        for epoch in range(config.epochs):
-            lr = config.lr * config.gamma ** sum(
-                epoch >= m * config.epochs for m in config.milestones
-            )
+        first = 0
+        if resume is not None:
+            first = load_state(resume, model, optimizer, averages, device)
+            if kernels is not None:
+                kernels.refresh()
+        for epoch in range(first, config.epochs):
+            lr, done = learning_rate(config, epoch), 0
             for group in optimizer.param_groups:
                 group["lr"] = lr
             draws = keyed_generator(seed, "train_draws", epoch)
@@ -132,13 +165,24 @@ def train(
                     correct += right
                     _add(parameters, gradients)
                 optimizer.step()
+                if kernels is not None:
+                    kernels.refresh()
+                averages.update()
+                done += len(x)
+                if on_batch is not None:
+                    on_batch(epoch + done / len(source))
             mean_loss = float(loss_sum) / len(source)
             if mean_loss != mean_loss or mean_loss == float("inf"):
                 raise FloatingPointError(
                     f"training diverged: the loss of epoch {epoch} is {mean_loss} (lr {lr})"
                 )
             if report is not None:
+                averages.swap()
                 report(EpochReport(epoch, mean_loss, float(correct) / len(source)))
+                averages.swap()
+            if save is not None:
+                save(pack_state(epoch + 1, model, optimizer, averages, device))
+    averages.swap()
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from ncfm.curation import CurateConfig
 from ncfm.curation import curate as add_soft_labels
 from ncfm.images import ImageSpec
 from ncfm.models import Classifier, ModelConfig
+from pipeline.directories import replaced
 from pipeline.pretrain import load_member, new_network
 from pipeline.stage import Manifest, peak_rss_bytes
 from pipeline.workers import Workers
@@ -36,7 +37,8 @@ class CurateJob:
         teachers = pool_networks(self.pool, count, self.model, synthetic.spec)
         made = add_soft_labels(synthetic, teachers, self.config, device=device)
         provenance = {**synthetic.provenance, "curation": dataclasses.asdict(self.config)}
-        dataclasses.replace(made, provenance=provenance).save(self.curated)
+        with replaced(self.curated, last="manifest.json") as new:
+            dataclasses.replace(made, provenance=provenance).save(new)
         return {"peak_rss_bytes": peak_rss_bytes()}
 
 

@@ -8,10 +8,11 @@ from upath import UPath
 
 from ncfm.synthetic import SyntheticSet
 from pipeline.checkpoint import load_checkpoint
+from pipeline.directories import folder_names, replaced
 from pipeline.distill_loop import DistillJob, distill_loop
 from pipeline.health import FATAL, fatal_error
 from pipeline.preview import preview_png
-from pipeline.stage import Manifest, StageError
+from pipeline.stage import Manifest, StageError, write_atomic
 from pipeline.stream import ShardSet
 from pipeline.workers import Workers, fit
 
@@ -69,17 +70,23 @@ def _run_workers(job: DistillJob, workers: Workers, *, name: str, storage: UPath
 
 
 def write_set(directory: UPath, result: SyntheticSet) -> None:
-    """A synthetic set with what people look at: images/<class>/<n>.png and preview.png."""
-    result.save(directory)
-    seen: dict[int, int] = {}
+    """A synthetic set with what people look at, images/<class>/<n>.png and preview.png, in the
+    place of all that the directory holds.
+    """
+    with replaced(directory, last="manifest.json") as new:
+        _write_images(new / "images", result)
+        preview = preview_png(result.images, result.labels, result.class_names)
+        write_atomic(new / "preview.png", preview, durable=False)
+        result.save(new)
+
+
+def _write_images(directory: UPath, result: SyntheticSet) -> None:
+    folders, seen = folder_names(result.class_names), dict[int, int]()
     for image, label in zip(result.images, result.labels.tolist(), strict=True):
         number = seen[label] = seen.get(label, -1) + 1
-        folder = directory / "images" / result.class_names[label].replace("/", "_").strip(".")
+        folder = directory / folders[label]
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         pixels = (image * 255).round().byte().permute(1, 2, 0).squeeze(-1)  # grey has two axes
         Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
-        (folder / f"{number}.png").write_bytes(buffer.getvalue())
-    (directory / "preview.png").write_bytes(
-        preview_png(result.images, result.labels, result.class_names)
-    )
+        write_atomic(folder / f"{number}.png", buffer.getvalue(), durable=False)

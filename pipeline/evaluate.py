@@ -95,11 +95,11 @@ class EvaluationTask:
         if self.set in ("distilled", "distilled_soft"):
             synthetic = load(self.distilled)
             images, labels = synthetic.decode()
+            own = torch.isin(labels, torch.tensor(classes))
             if self.set == "distilled_soft":
                 assert synthetic.soft_labels is not None
-                return InMemoryImages(images, synthetic.soft_labels)
-            mine = torch.isin(labels, torch.tensor(classes))
-            return InMemoryImages(images[mine], labels[mine])
+                labels = synthetic.soft_labels
+            return InMemoryImages(images[own], labels[own])
         if self.set == "herding":
             return self._herding(shards, classes)
         made = self.random_images(shards, classes)

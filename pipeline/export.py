@@ -13,6 +13,7 @@ from torch import Tensor
 from upath import UPath
 
 from ncfm import SyntheticSet
+from pipeline.directories import folder_names, replaced
 from pipeline.export_config import Format
 from pipeline.preview import png, to_pixels
 from pipeline.stage import write_atomic
@@ -50,25 +51,16 @@ def export(
     name: str,
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> UPath:
-    """Write the set and its README.md into a directory, which is made; returns the directory.
+    """Write the set and its README.md into a directory, in the place of all that it holds; returns
+    the directory.
 
     `rows` are those of evaluation.json, for the card.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     writer = {"imagefolder": _imagefolder, "webdataset": _webdataset, "parquet": _parquet}[to]
-    files = writer(synthetic, directory)
-    write_atomic(directory / "README.md", data_card(synthetic, files, to, name=name, rows=rows))
+    with replaced(directory, last="README.md") as new:
+        files = writer(synthetic, new)
+        write_atomic(new / "README.md", data_card(synthetic, files, to, name=name, rows=rows))
     return directory
-
-
-def folder_names(class_names: Sequence[str]) -> list[str]:
-    """A directory for each class: its name, without what no file system takes; with its number
-    before it if two would be the same.
-    """
-    plain = ["".join("_" if c in '/\\:*?"<>|' else c for c in n).strip(". ") for n in class_names]
-    if len({name.casefold() for name in plain}) == len(plain) and all(plain):
-        return plain
-    return [f"{c:04d} {name}".strip() for c, name in enumerate(plain)]
 
 
 def _imagefolder(synthetic: SyntheticSet, directory: UPath) -> str:
@@ -76,7 +68,7 @@ def _imagefolder(synthetic: SyntheticSet, directory: UPath) -> str:
     for example in examples(synthetic):
         path = directory / "train" / folders[example.label] / f"{example.key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, example.png)
+        write_atomic(path, example.png, durable=False)
     return "train/**"
 
 

@@ -14,7 +14,7 @@ from ncfm.augment import AugmentConfig
 from ncfm.curation import CurateConfig
 from ncfm.train import TrainConfig
 
-ProtocolName = Literal["default", "paper", "soft", "quick"]
+ProtocolName = Literal["default", "paper", "soft", "quick", "cosine"]
 
 
 def _released(epochs: int) -> TrainConfig:
@@ -38,7 +38,8 @@ class EvaluateConfig:
 
     protocol: ProtocolName = "default"
     """default: hard labels, last epoch. paper: the same, and best-on-test in a column of its own.
-    soft: stored soft labels, too. quick: few epochs, to tell good configurations from bad ones."""
+    soft: stored soft labels, too. quick: few epochs, to tell good configurations from bad ones.
+    cosine: default with a cosine learning rate and averaged weights; name it beside an accuracy."""
     networks: tuple[str, ...] = ()
     """Networks to train, as model.name takes them; none: that of model alone."""
     repeats: int = 10
@@ -76,6 +77,12 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     "quick": Protocol(
         EvaluateConfig(
             protocol="quick", repeats=2, herding=False, training=_released(200), whole_epochs=10
+        )
+    ),
+    "cosine": Protocol(
+        EvaluateConfig(
+            protocol="cosine",
+            training=dataclasses.replace(_released(2000), schedule="cosine", ema=0.99),
         )
     ),
 }

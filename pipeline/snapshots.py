@@ -31,7 +31,7 @@ def write_snapshot(directory: UPath, step: int, images: Mapping[int, Tensor]) ->
     for c, mine in images.items():
         if c < MAX_CLASSES:
             strip = torch.cat([*mine[:MAX_IMAGES].detach().float()], dim=-1)
-            write_atomic(target / f"class-{c:04d}.png", png(to_pixels(strip)))
+            write_atomic(target / f"class-{c:04d}.png", png(to_pixels(strip)), durable=False)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """A stage: configuration and inputs -> fingerprint -> directory -> manifest, written last.
 
-A stage whose manifest carries the wanted fingerprint is not run again. One that was cut off has no
-manifest and is run again over what it left; how much of that it can use is its own affair.
+A stage whose manifest carries the wanted fingerprint is not run again. The manifest is removed
+before anything in its directory changes: a stage that was cut off has none and is run again over
+what it left, of which it may use what it knows to be its own.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -28,23 +31,47 @@ class StageError(Exception):
     """A stage cannot be completed; the message is one line that says why."""
 
 
-def write_atomic(path: Path | UPath, data: bytes | str) -> None:
+def write_atomic(path: Path | UPath, data: bytes | str, *, durable: bool = True) -> None:
     """Write a file that is either absent, the old one, or whole. On an object store one put already
     is. Raises StorageError, and leaves nothing behind, if the disk is full or fails.
+
+    On a local disk that holds after a loss of power, too, unless `durable` is False: for files that
+    are many and can be made again.
     """
     raw = data.encode() if isinstance(data, str) else data
     temporary: Path | None = None
     try:
         if isinstance(path, Path):
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(raw)
+            # Not the process's number: in containers that share a directory it may be the same.
+            temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+            with temporary.open("wb") as file:
+                file.write(raw)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
+            if durable:
+                sync(path.parent)
         else:
             path.write_bytes(raw)
     except OSError as error:
-        if temporary is not None and temporary.exists():
-            temporary.unlink()
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on the disk before anything else happens. File
+    systems that cannot sync a directory keep an order of their own.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path | UPath) -> Any:
@@ -92,6 +119,7 @@ def run_stage(
         log(f"[{name}] reusing {directory}")
         return {**found, "reused": True}
     directory.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # before `build` changes what it vouches for
     log(f"[{name}] {directory}")
     started = time.monotonic()
     built = build()

@@ -15,7 +15,8 @@ from upath import UPath
 from ncfm import SyntheticSet
 from ncfm.images import ImageSpec
 from pipeline.config import UsageError, parse_command
-from pipeline.export import export, folder_names
+from pipeline.directories import folder_names
+from pipeline.export import export
 
 NAMES = ("cat", "größe: x/y", "tench, 'Tinca' | tinca")
 ROUNDING = 0.5 / 255 + 1e-6  # PNG has 8 bits
@@ -112,13 +113,6 @@ def test_the_card_has_the_hubs_metadata(tmp_path: Path) -> None:
     assert "| distilled | convnet | 50.0 ± 1.0 | 1 |" in text
     assert "tench, 'Tinca' \\| tinca" in text  # a name cannot break the table
     assert json.dumps("thing, distilled") in text
-
-
-def test_folders_of_names_that_clash_have_numbers() -> None:
-    assert folder_names(["cat", "dog"]) == ["cat", "dog"]
-    assert folder_names(["a/b", "a:b"]) == ["0000 a_b", "0001 a_b"]
-    assert folder_names(["Cat", "cat"]) == ["0000 Cat", "0001 cat"]
-    assert folder_names(["..", "x"]) == ["0000", "0001 x"]
 
 
 @pytest.mark.parametrize("to", ["imagefolder", "webdataset", "parquet"])

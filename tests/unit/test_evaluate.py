@@ -108,3 +108,10 @@ def test_relabelled_classes_begin_at_zero() -> None:
     (_, labels), *_ = source.epoch(4, None)
     assert labels.tolist() == [1, 2, 1, 0]
     assert len(source) == 4
+
+
+def test_soft_labels_of_some_classes_are_distributions_over_these() -> None:
+    soft = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.25, 0.0]])
+    source = Relabelled(InMemoryImages(torch.zeros(2, 1, 1, 1), soft), (3, 1))
+    ((_, labels),) = source.epoch(2, None)
+    torch.testing.assert_close(labels, torch.tensor([[2 / 3, 1 / 3], [0.0, 1.0]]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ncfm import kernels
@@ -16,7 +17,7 @@ from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec
-from ncfm.kernels import FrozenConvNet, can_sum_draws, freeze, library
+from ncfm.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
 from ncfm.matching import Match
 from ncfm.models import Classifier, ModelConfig, build_model
 
@@ -48,10 +49,10 @@ def network(
     return model.requires_grad_(False)
 
 
-def frozen(model: Classifier) -> FrozenConvNet:
+def frozen(model: Classifier) -> NativeConvNet:
     if library() is None:
         pytest.skip("no kernels here: they need a C++ compiler with OpenMP")
-    found = freeze(model)
+    found = native(model)
     assert found is not None
     return found
 
@@ -78,9 +79,52 @@ def test_features_and_gradients(size: int, depth: int, width: int, channels: int
     for ours, exact in zip(found, right, strict=True):
         errors = (ours - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
         assert errors.min() < 1e-5
-        assert errors.max() < 1e-2  # where rounding turns a ReLU on or off
+        assert errors.max() < 5e-2  # where rounding turns a ReLU on or off
     with torch.no_grad():
         assert torch.equal(features(images.float()), found[0])
+
+
+@pytest.mark.parametrize(("size", "depth", "width", "channels"), NETWORKS)
+def test_gradients_of_training(size: int, depth: int, width: int, channels: int) -> None:
+    """With respect to every parameter, against PyTorch's layers in float64."""
+    model = network(size, depth, width, channels).requires_grad_()
+    frozen(model)
+    exact = copy.deepcopy(model).double()
+    images = torch.randn(5, channels, size, size, dtype=torch.float64)
+    labels = torch.arange(5) % 2
+    ours = kernel_logits(model, training=True)
+    assert ours is not None
+    F.cross_entropy(ours(images.float()), labels).backward()
+    F.cross_entropy(exact(images), labels).backward()
+    right = dict(exact.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.startswith("body") and name.endswith("bias") and right[name].grad.norm() < 1e-12:
+            assert parameter.grad is None  # a bias before an instance norm has no effect
+            continue
+        error = (parameter.grad - right[name].grad).norm() / right[name].grad.norm()
+        assert error < 5e-3, name  # rounding turns a ReLU on or off
+    # A network whose biases are off: the same comparison must see it.
+    wrong = right["body.0.weight"].grad.roll(1, 0)
+    assert (model.body[0].weight.grad - wrong).norm() / wrong.norm() > 0.1
+
+
+def test_training_takes_the_weights_as_they_were() -> None:
+    """The backward pass is that of the forward pass, though the weights have changed since."""
+    model = network().requires_grad_()
+    frozen(model)
+    ours = kernel_logits(model, training=True)
+    assert ours is not None
+    images = torch.randn(3, 3, 16, 16)
+    weight = model.body[0].weight
+    (right,) = torch.autograd.grad(ours(images).square().sum(), weight)
+    value = ours(images).square().sum()
+    with torch.no_grad():
+        weight += 1
+    ours.refresh()
+    (found,) = torch.autograd.grad(value, weight)
+    assert torch.equal(found, right)
+    (other,) = torch.autograd.grad(ours(images).square().sum(), weight)
+    assert not torch.allclose(other, right, rtol=0.1)
 
 
 @pytest.mark.parametrize(("size", "depth", "width", "channels"), NETWORKS[:3])
@@ -169,7 +213,7 @@ def test_follow_every_blend() -> None:
     ],
 )
 def test_others_have_none(config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
-    assert freeze(build_model(config, num_classes=2, channels=3, image_size=32)) is None
+    assert native(build_model(config, num_classes=2, channels=3, image_size=32)) is None
     assert not caplog.records
 
 
@@ -229,8 +273,8 @@ def test_without_a_compiler_there_are_none(
     compiler: str, says: str, forgotten: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten.setenv("CXX", compiler)
-    assert freeze(network()) is None
-    assert freeze(network()) is None
+    assert native(network()) is None
+    assert native(network()) is None
     (record,) = [r for r in caplog.records if r.name == kernels.__name__]  # once a process
     assert record.levelno == logging.WARNING
     assert "$CXX" in record.message
@@ -241,7 +285,7 @@ def test_without_room_for_them_there_are_none(
     tmp_path: Path, forgotten: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    assert freeze(network()) is None
+    assert native(network()) is None
     assert "missing" in caplog.text
 
 
@@ -271,8 +315,8 @@ def distill(sampler: Any = "gaussian", **config: Any) -> Distiller:
 def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
     frozen(network())
     plain, quick = (distill(sampler, compile=way) for way in (False, None))
-    assert not isinstance(plain._body, FrozenConvNet)
-    assert isinstance(quick._body, FrozenConvNet)
+    assert not isinstance(plain._body, NativeConvNet)
+    assert isinstance(quick._body, NativeConvNet)
     moved = [
         torch.stack([p.detach() - REAL[c][:2] for c, p in d.images.items()]) for d in (plain, quick)
     ]
@@ -281,4 +325,4 @@ def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
 
 
 def test_other_precisions_have_none() -> None:
-    assert not isinstance(distill(precision="float64")._body, FrozenConvNet)
+    assert not isinstance(distill(precision="float64")._body, NativeConvNet)

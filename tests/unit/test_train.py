@@ -3,10 +3,11 @@
 import dataclasses
 import threading
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ncfm.train
 from ncfm.augment import AugmentConfig
@@ -14,7 +15,8 @@ from ncfm.baselines import herding, herding_set, random_set
 from ncfm.evaluate import accuracy, confusion_matrix, judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig, build_model
-from ncfm.train import EpochReport, TrainConfig, train
+from ncfm.train import EpochReport, TrainConfig, learning_rate, train
+from ncfm.training_state import TrainingState
 
 SPEC = ImageSpec(channels=1, image_size=8, mean=(0.5,), std=(0.3,), class_names=("dark", "bright"))
 MODEL = ModelConfig(depth=2, width=8)
@@ -231,3 +233,118 @@ def test_herding_set_is_herding_of_the_networks_features() -> None:
     few = herding_set(two_classes(3, 0), 5, extractor, SPEC)
     assert few.shape == (5, 1, 8, 8)
     assert torch.equal(few[:2], few[3:])
+
+
+class TestSchedulesAndAverages:
+    def test_the_cosine_schedule_is_pytorch_s(self) -> None:
+        config = dataclasses.replace(QUICK, epochs=20, schedule="cosine")
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+        for epoch in range(20):
+            expected = optimizer.param_groups[0]["lr"]
+            assert learning_rate(config, epoch) == pytest.approx(expected, rel=1e-9)
+            optimizer.step()
+            scheduler.step()
+
+    def test_the_steps_are_pytorch_s(self) -> None:
+        config = dataclasses.replace(QUICK, epochs=20, milestones=(0.25, 0.5), gamma=0.2)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 10], gamma=0.2)
+        for epoch in range(20):
+            expected = optimizer.param_groups[0]["lr"]
+            assert learning_rate(config, epoch) == pytest.approx(expected, rel=1e-9)
+            optimizer.step()
+            scheduler.step()
+
+    def test_averages_are_pytorch_s_of_the_weights_after_every_batch(self) -> None:
+        """Against swa_utils, fed by the weights of the same training without averages."""
+        plain = dataclasses.replace(QUICK, epochs=3)
+        model = network()
+        reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        train(
+            model,
+            two_classes(40, 0),
+            SPEC,
+            plain,
+            seed=0,
+            on_batch=lambda _: reference.update_parameters(model),
+        )
+        averaged = train(
+            network(), two_classes(40, 0), SPEC, dataclasses.replace(plain, ema=0.9), seed=0
+        )
+        for mine, theirs in zip(averaged.parameters(), reference.module.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        last = [
+            torch.equal(a, p)
+            for a, p in zip(averaged.parameters(), model.parameters(), strict=True)
+        ]
+        assert not any(last)  # negative control
+
+    def test_a_report_sees_the_averaged_weights_and_leaves_the_training_alone(self) -> None:
+        config = dataclasses.replace(QUICK, epochs=3, ema=0.9)
+        seen: list[torch.Tensor] = []
+        model = network()
+        train(
+            model, two_classes(40, 0), SPEC, config, seed=0,
+            report=lambda _: seen.append(flat(model)),
+        )  # fmt: skip
+        assert torch.equal(seen[-1], flat(model))
+        assert torch.equal(
+            flat(train(network(), two_classes(40, 0), SPEC, config, seed=0)), flat(model)
+        )
+
+    @pytest.mark.parametrize(
+        "value", [{"ema": 0.0}, {"ema": 1.0}, {"ema": -0.5}], ids=lambda v: str(v["ema"])
+    )
+    def test_an_impossible_decay_is_refused(self, value: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match=f"ema.*{value['ema']}"):
+            dataclasses.replace(QUICK, **value)  # type: ignore[arg-type]
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("convnet", {"optimizer": "sgd"}),
+        ("convnet", {"optimizer": "sgd", "momentum": 0.0, "schedule": "cosine"}),
+        ("convnet", {"optimizer": "adamw", "ema": 0.9}),
+        ("mobilenet_v2", {"optimizer": "sgd"}),  # batch norm, and dropout's draws
+    ],
+)
+def test_a_resumed_training_ends_with_the_same_bits(name: str, changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(
+        QUICK, epochs=4, cutmix_prob=0.5, augment=AugmentConfig(), lr=0.01, **changes
+    )
+    kind = MODEL if name == "convnet" else ModelConfig(name=name)
+    data = two_classes(24, 0)
+
+    def fresh() -> torch.nn.Module:
+        return build_model(kind, num_classes=2, channels=1, image_size=8, seed=0)
+
+    states: list[TrainingState] = []
+    whole = train(fresh(), data, SPEC, config, seed=0, save=states.append)
+    assert [int(state["epoch"]) for state in states] == [1, 2, 3, 4]
+    for state in (states[1], states[3]):
+        torch.rand(3)  # the global generator does not matter
+        kept = {key: value.clone() for key, value in state.items()}
+        reports: list[EpochReport] = []
+        again = train(fresh(), data, SPEC, config, seed=0, resume=state, report=reports.append)
+        assert [r.epoch for r in reports] == list(range(int(state["epoch"]), 4))
+        for key, value in whole.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), key
+        assert all(torch.equal(state[key], value) for key, value in kept.items())
+    # negative control: without the optimizer's state, or with another seed, it is another network
+    other = train(fresh(), data, SPEC, config, seed=1, resume=states[1])
+    assert not torch.equal(flat(other), flat(whole))
+
+
+def test_batches_tell_how_many_epochs_are_done() -> None:
+    told: list[float] = []
+    train(
+        network(), two_classes(40, 0), SPEC, dataclasses.replace(QUICK, epochs=2), seed=0,
+        on_batch=told.append,
+    )  # fmt: skip
+    assert told == pytest.approx([0.4, 0.8, 1, 1.4, 1.8, 2])
