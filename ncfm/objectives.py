@@ -4,14 +4,15 @@ An `Objective` is made for one descent and called once for each block of classes
 class here, an entry of `OBJECTIVES`, and its name in `DistillConfig.objective`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ncfm.communication import Communicator, group_total, own_parts
+from ncfm.communication import Communicator, group_total
 from ncfm.discrepancy import linear_mmd
 from ncfm.matching import Match
 
@@ -25,72 +26,63 @@ class Comparison:
     communicator: Communicator
     alpha: float = 0.5
     """Weight of the amplitude against the phase (paper eq. 8)."""
-    median: bool = False
-    """Divide the features of a class by the median distance of its real ones (the median
-    heuristic): <t, x> / m = <t, x / m>, so that t need not be scaled class by class."""
     kernels: bool = False
     """Whether psi's gradient may come from `ncfm.kernels`."""
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """The distance of each class's synthetic features y from its real features x."""
 
     name: ClassVar[str]
     """That of the logged metric."""
-    uses_frequencies: ClassVar[bool]
+    uses_frequencies: ClassVar[bool] = False
     """Whether it depends on t, so that psi has something to learn."""
-    match: Match | None
-    """The last block of classes, compared at frequencies, for psi's ascent; None without any."""
+    raw_features: ClassVar[bool] = False
+    """Whether features are compared as they are, even with `DistillConfig.normalize_features`."""
 
-    def __init__(self, comparison: Comparison) -> None: ...
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.match: Match | None = None
+        """The last block of classes, compared at frequencies, for psi's ascent."""
 
+    @abstractmethod
     def __call__(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Each class's value (C,), and its gradient with respect to the class's y, (N_c, D) each.
 
         `x` holds this worker's part of each class's real features, (N_c, D) each; `y` all of each
         class's synthetic features.
         """
-        ...
 
 
-class NCFD:
+class NCFD(Objective):
     """The discrepancy of characteristic functions (paper eq. 7)."""
 
     name, uses_frequencies = "ncfd", True
 
-    def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
-        self.match: Match | None = None
-
     def __call__(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As in `Objective`."""
         by = self.comparison
-        units = median_distances(x, by.communicator) if by.median else None
-        if units is not None:
-            x, y = ([a / unit for a, unit in zip(side, units, strict=True)] for side in (x, y))
         self.match = Match(x, y, by.t, by.communicator, kernels=by.kernels)
-        values, gradients = self.match.descent(by.alpha)
-        if units is not None:
-            gradients = [g / unit for g, unit in zip(gradients, units, strict=True)]
-        return values, gradients
+        return self.match.descent(by.alpha)
 
 
-class MeanMatching:
-    """The squared distance of the mean features, a linear MMD: of normalised features, or of raw
-    ones as in DM and DANCE (`DistillConfig.normalize_features`).
-    """
+class LinearMMD(Objective):
+    """|mean x - mean y|^2, the objective of DM, of features as `DistillConfig` has them."""
 
-    name, uses_frequencies, match = "mmd", False, None
-
-    def __init__(self, comparison: Comparison) -> None:
-        self.communicator = comparison.communicator
+    name = "mmd"
 
     def __call__(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As in `Objective`."""
-        means, _ = group_means(x, self.communicator)
+        means, _ = group_means(x, self.comparison.communicator)
         leaves = [part.detach().requires_grad_() for part in y]
         values = torch.stack([linear_mmd(a, b) for a, b in zip(means, leaves, strict=True)])
         return values.detach(), list(torch.autograd.grad(values.sum(), leaves))
+
+
+class RawLinearMMD(LinearMMD):
+    """The same of raw features, as DM and DANCE have it: long features count more."""
+
+    name, raw_features = "mmd_raw", True
 
 
 def group_means(x: Sequence[Tensor], communicator: Communicator) -> tuple[Tensor, Tensor]:
@@ -102,31 +94,7 @@ def group_means(x: Sequence[Tensor], communicator: Communicator) -> tuple[Tensor
     return total[:, None, :-1] / total[:, None, -1:], total[:, -1]
 
 
-@torch.no_grad()
-def median_distances(x: Sequence[Tensor], communicator: Communicator) -> Tensor:
-    """The median distance of each class's features, (C,): sqrt(2) times the median distance from
-    the class's mean, over the members of the group.
-
-    E |x - x'|^2 = 2 E |x - mean|^2, so that this is the median of the pairwise distances wherever
-    they concentrate, as they do in many dimensions. It takes N distances in the place of N^2, and
-    of a class that workers share D + 1 + N numbers cross the network.
-    """
-    means, counts = group_means(x, communicator)
-    distances = [(part - mean).norm(dim=-1) for part, mean in zip(x, means, strict=True)]
-    if communicator.members > 1:
-        distances = [
-            _gathered(own, int(count), communicator)
-            for own, count in zip(distances, counts, strict=True)
-        ]
-    medians = 2**0.5 * torch.stack([distance.median() for distance in distances])
-    return torch.where(medians > 0, medians, 1)  # 0: equal features, which no scale tells apart
-
-
-def _gathered(own: Tensor, count: int, communicator: Communicator) -> Tensor:
-    """The members' parts of one vector (count,), joined by a sum: the others' places are zero."""
-    (places,) = own_parts([torch.arange(count, device=own.device)], communicator)
-    return communicator.sum_group(own.new_zeros(count).index_copy(0, places, own))
-
-
-OBJECTIVES: dict[str, type[Objective]] = {"ncfd": NCFD, "mmd": MeanMatching}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (NCFD, LinearMMD, RawLinearMMD)
+}
 """By the name that `DistillConfig.objective` has for it."""

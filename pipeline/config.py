@@ -48,10 +48,21 @@ class PretrainConfig:
         )
     )
     """Training of one of them; the defaults are the released code's."""
+    snapshot_every: int = 0
+    """Keep a snapshot of every network each so many epochs, the initial and the trained one
+    included, for distill.extractor `snapshot` and `snapshot_blend`. 0: these two alone."""
 
     def __post_init__(self) -> None:
         if self.networks < 1:
             raise ValueError(f"networks must be at least 1, got {self.networks}")
+        if self.snapshot_every < 0:
+            raise ValueError(f"snapshot_every must not be negative, got {self.snapshot_every}")
+
+    @property
+    def snapshot_epochs(self) -> tuple[int, ...]:
+        """Epochs of training after which the weights are kept, from 0 to the last."""
+        last = self.training.epochs
+        return (*range(0, last, self.snapshot_every or last), last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +193,11 @@ class RunConfig:
             raise ValueError(
                 f"synthetic.factor must not exceed shard.image_size, "
                 f"got {self.synthetic.factor} > {self.shard.image_size}"
+            )
+        if self.distill.extractor != "blend" and not self.pretrain.snapshot_every:
+            raise ValueError(
+                f"distill.extractor {self.distill.extractor!r} needs snapshots of the pool's "
+                "training: set pretrain.snapshot_every, got 0"
             )
         if self.name is not None and (
             not self.name or "/" in self.name or self.name in ("cache", ".", "..")

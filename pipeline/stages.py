@@ -131,12 +131,10 @@ class Run:
     def pool_directory(self) -> UPath:
         """The pool's place in the cache."""
         cfg = self.config
-        return cfg.cache(
-            "pretrain",
-            fingerprint(
-                "pretrain", self.shards["fingerprint"], cfg.model, cfg.pretrain.training, cfg.seed
-            ),
-        )
+        matters: list[object] = [cfg.model, cfg.pretrain.training, cfg.seed]
+        if cfg.pretrain.snapshot_every:
+            matters.append(cfg.pretrain.snapshot_every)
+        return cfg.cache("pretrain", fingerprint("pretrain", self.shards["fingerprint"], *matters))
 
     @cached_property
     def pool(self) -> Manifest:
@@ -150,6 +148,7 @@ class Run:
             config=cfg.pretrain,
             stream=cfg.stream,
             seed=cfg.seed,
+            checkpoint_every_s=cfg.runtime.checkpoint_every_s,
         )
 
         def build() -> Manifest:
@@ -178,6 +177,7 @@ class Run:
             shard_manifest=self.shards,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
+            snapshot_epochs=cfg.pretrain.snapshot_epochs,
             checkpoints=self.directory / "checkpoints" / identity,
             metrics=self.directory / "metrics.jsonl",
             model=cfg.model,
@@ -404,9 +404,10 @@ class Run:
             shard_manifest=self.shards,
             directory=directory,
             model=model,
-            config=dataclasses.replace(cfg.pretrain, networks=1),
+            config=dataclasses.replace(cfg.pretrain, networks=1, snapshot_every=0),
             stream=cfg.stream,
             seed=seed,
+            checkpoint_every_s=cfg.runtime.checkpoint_every_s,
         )
 
         def build() -> Manifest:
