@@ -66,6 +66,9 @@ def test_every_preset_loads(preset: Path) -> None:
         (["--seed", "1", "--config", "x.toml"], "--config must come before"),
         (["sharrd"], "no stage 'sharrd'.*shard, pretrain"),
         (["--num_workers", "0"], "num_workers must be at least 1"),
+        (["--distill.extractor", "snapshot"], "'snapshot' needs .* pretrain.snapshot_every, got 0"),
+        (["--distill.calibration_ahead", "[0,6]"], "extractor must be 'snapshot'.* got 'blend'"),
+        (["--distill.objective", "mean"], "'ncfd', 'mmd', 'mmd_raw'.*mean"),
         (["--name", "a/b"], "plain directory name.*'a/b'"),
     ],
 )

@@ -519,9 +519,11 @@ class TestTrajectories:
             for network, index in zip(networks, (snapshot, later), strict=True):
                 network.load_state_dict(self.STATES[index])
             images, target = SPEC.normalize(initial(c)), torch.full((2,), c)
-            x, y = networks[0].features(SPEC.normalize(real_batch(c, 0) / 255)), networks[0]
-            distance += float((x.mean(0) - y.features(images).mean(0)).square().sum())
-            entropy += float(nn.functional.cross_entropy(networks[1](images), target))
+            with torch.no_grad():
+                x = networks[0].features(SPEC.normalize(real_batch(c, 0) / 255))
+                y = networks[0].features(images)
+                entropy += float(nn.functional.cross_entropy(networks[1](images), target))
+            distance += float((x.mean(0) - y.mean(0)).square().sum())
         assert found["mmd_raw"] == pytest.approx(distance, rel=1e-4)
         assert found["calibration"] == pytest.approx(entropy, rel=1e-4)
 
