@@ -22,7 +22,6 @@ from ncfm.extractors import Blend, ExtractorKind, ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
 from ncfm.images import ImageSpec, to_device, to_unit
-from ncfm.matching import Match
 from ncfm.memory import keep_freed_memory
 from ncfm.objectives import OBJECTIVES, Comparison
 from ncfm.psi import PsiGradient
@@ -312,9 +311,7 @@ class Distiller:
         ascents = self.frequencies.ascents if self.psi_optimizer is not None else 0
         t, log_scales = self._frequencies(inner * max(1, ascents))
         ascent = None if not ascents else PsiGradient(log_scales, self.num_classes)
-        objective = self.objective(
-            Comparison(t=t, communicator=self.communicator, alpha=cfg.alpha, kernels=self.kernels)
-        )
+        objective = self.objective(self._comparison(t))
         seen_x: list[Tensor] = []
         seen_y: list[Tensor] = []
         losses = []
@@ -344,7 +341,7 @@ class Distiller:
         for number in range(1, ascents):
             t, log_scales = self._frequencies(inner * ascents + number)
             ascent = PsiGradient(log_scales, self.num_classes)
-            match = Match(seen_x, seen_y, t, self.communicator, kernels=self.kernels)
+            match = self.objective(self._comparison(t)).compare(seen_x, seen_y)
             ascent.add(match, self.frequencies, cfg.alpha)
             self._check_finite(ascent.values)
             self._step_psi(ascent)
@@ -382,8 +379,20 @@ class Distiller:
         """
         generator = keyed_generator(self.seed, "frequencies", self.step, number, device=self.device)
         if isinstance(self.sampler, ScaleMixture):
-            return self.sampler.draw(generator)
-        return self.sampler(generator).to(self.dtype), None
+            t, log_scales = self.sampler.draw(generator)
+        else:
+            t, log_scales = self.sampler(generator).to(self.dtype), None
+        factor = self.frequencies.curriculum(self.step)
+        return (t if factor == 1 else t * factor), log_scales
+
+    def _comparison(self, t: Tensor) -> Comparison:
+        return Comparison(
+            t=t,
+            communicator=self.communicator,
+            alpha=self.config.alpha,
+            median=self.frequencies.bandwidth == "median",
+            kernels=self.kernels,
+        )
 
     def _check_finite(self, *values: Tensor) -> None:
         """Of all classes, each (C,)."""

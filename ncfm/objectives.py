@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ncfm.communication import Communicator, group_total
+from ncfm.communication import Communicator, group_total, own_parts
 from ncfm.discrepancy import linear_mmd
 from ncfm.matching import Match
 
@@ -26,6 +26,9 @@ class Comparison:
     communicator: Communicator
     alpha: float = 0.5
     """Weight of the amplitude against the phase (paper eq. 8)."""
+    median: bool = False
+    """Divide the features of a class by the median distance between its real ones (the median
+    heuristic): <t, x> / m = <t, x / m>, so that t is the same for all classes."""
     kernels: bool = False
     """Whether psi's gradient may come from `ncfm.kernels`."""
 
@@ -45,6 +48,10 @@ class Objective(ABC):
         self.match: Match | None = None
         """The last block of classes, compared at frequencies, for psi's ascent."""
 
+    def compare(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Match:
+        """Some classes at the frequencies, as `__call__` compares them: for further ascents."""
+        raise NotImplementedError(f"{self.name} uses no frequencies")
+
     @abstractmethod
     def __call__(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Each class's value (C,), and its gradient with respect to the class's y, (N_c, D) each.
@@ -61,9 +68,19 @@ class NCFD(Objective):
 
     def __call__(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As in `Objective`."""
+        self.match = self.compare(x, y)
+        values, gradients = self.match.descent(self.comparison.alpha)
+        if self.comparison.median:
+            gradients = [g / unit for g, unit in zip(gradients, self.units, strict=True)]
+        return values, gradients
+
+    def compare(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Match:
+        """As in `Objective`."""
         by = self.comparison
-        self.match = Match(x, y, by.t, by.communicator, kernels=by.kernels)
-        return self.match.descent(by.alpha)
+        if by.median:
+            self.units = median_distances(x, by.communicator)
+            x, y = ([part / u for part, u in zip(side, self.units, strict=True)] for side in (x, y))
+        return Match(x, y, by.t, by.communicator, kernels=by.kernels)
 
 
 class LinearMMD(Objective):
@@ -92,6 +109,37 @@ def group_means(x: Sequence[Tensor], communicator: Communicator) -> tuple[Tensor
     sums = torch.stack([torch.cat([part.sum(0), part.new_full((1,), len(part))]) for part in x])
     total = group_total(sums, communicator)
     return total[:, None, :-1] / total[:, None, -1:], total[:, -1]
+
+
+@torch.no_grad()
+def median_distances(x: Sequence[Tensor], communicator: Communicator) -> Tensor:
+    """About the median distance between each class's features, (C,), over the members of the group:
+    sqrt(2) times the median distance from the class's mean. 1 for a class of equal features.
+
+    E |x - x'|^2 = 2 E |x - mean|^2, so that this is the median over pairs wherever distances
+    concentrate, as they do in many dimensions. It takes N distances in the place of N^2, and of
+    classes that workers share D + 1 + N numbers each cross the network.
+    """
+    means, counts = group_means(x, communicator)
+    distances = [(part - mean).norm(dim=-1) for part, mean in zip(x, means, strict=True)]
+    if communicator.members > 1:
+        distances = _gathered(distances, [int(n) for n in counts.tolist()], communicator)
+    medians = 2**0.5 * torch.stack([distance.median() for distance in distances])
+    return torch.where(medians > 0, medians, 1)
+
+
+def _gathered(
+    own: Sequence[Tensor], counts: Sequence[int], communicator: Communicator
+) -> list[Tensor]:
+    """Vectors of these lengths that the members of a group have parts of, joined by a sum: the
+    others' places are zero.
+    """
+    places = own_parts([torch.arange(n, device=own[0].device) for n in counts], communicator)
+    whole = [
+        part.new_zeros(n).index_copy(0, place, part)
+        for part, n, place in zip(own, counts, places, strict=True)
+    ]
+    return list(communicator.sum_group(torch.cat(whole)).split(list(counts)))
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

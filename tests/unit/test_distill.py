@@ -484,9 +484,31 @@ class TestObjectives:
         with pytest.raises(ValueError, match="got"):
             dataclasses.replace(EVERYTHING, **change)
 
-    def test_several_ascents(self) -> None:
-        state = run(make(frequencies=dataclasses.replace(FREQUENCIES, ascents=3)), 2)
+    @pytest.mark.parametrize("bandwidth", ["fixed", "median"])
+    def test_several_ascents(self, bandwidth: Any) -> None:
+        frequencies = dataclasses.replace(FREQUENCIES, ascents=3, bandwidth=bandwidth)
+        state = run(make(frequencies=frequencies), 2)
         assert int(state["psi_optimizer/0.hidden.weight/step"]) == 6
+
+
+class TestFrequencies:
+    @pytest.mark.parametrize("sampler", ["gaussian", "psi"])
+    def test_the_curriculum_scales_the_frequencies(self, sampler: Any) -> None:
+        plain = make(frequencies=dataclasses.replace(FREQUENCIES, sampler=sampler))
+        changed = {"sampler": sampler, "curriculum_start": 0.25, "curriculum_steps": 4}
+        rising = make(frequencies=dataclasses.replace(FREQUENCIES, **changed))
+        for step, factor in ((0, 0.25), (2, 0.5), (4, 1.0), (9, 1.0)):
+            plain.step = rising.step = step
+            torch.testing.assert_close(rising._frequencies(0)[0], factor * plain._frequencies(0)[0])
+
+    @pytest.mark.parametrize("sampler", ["mixture", "matern", "imq"])
+    def test_the_discrepancy_falls(self, sampler: Any) -> None:
+        changed = {"sampler": sampler, "bandwidth": "median", "curriculum_steps": 20}
+        config = dataclasses.replace(EVERYTHING, calibration=0.0)
+        distiller = make(config=config, frequencies=dataclasses.replace(FREQUENCIES, **changed))
+        real = {c: real_batch(c, 0) for c in range(5)}
+        values = [float(distiller.update(real)["ncfd"]) for _ in range(40)]
+        assert sum(values[-10:]) < 0.9 * sum(values[:10])
 
 
 class TestTrajectories:
