@@ -207,6 +207,8 @@ class Run:
             "command": shlex.join(["python", "pipeline/run.py", *sys.argv[1:]]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
             "seed": cfg.seed,
+            "method": cfg.method,
+            "method_changes": cfg.method_changes(),
             "versions": code_versions(),
             "inputs": {"shards": self.shards["fingerprint"], "pool": self.pool["fingerprint"]},
         }
