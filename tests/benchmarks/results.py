@@ -3,9 +3,9 @@
     python tests/benchmarks/results.py record runs/NAME --data Fashion-MNIST
     python tests/benchmarks/results.py tables
 
-`record` appends a row for each evaluated set of a run to `pipeline/presets/results.jsonl`; a row that
-is there already is replaced. `tables` writes RESULTS.md, the README's table and the line `# Measured:`
-of each preset from these rows and from `published.jsonl` beside them.
+`record` adds a row for each evaluated set of a run to `pipeline/presets/results.jsonl`, in the place
+of an older one of the same measurement. `tables` writes RESULTS.md, the README's table and the line
+`# Measured:` of each preset from these rows and from `published.jsonl` beside them.
 """
 
 import argparse
@@ -28,6 +28,8 @@ PRESETS = ROOT / "pipeline" / "presets"
 ROWS, PUBLISHED = PRESETS / "results.jsonl", PRESETS / "published.jsonl"
 NOT_THE_METHOD = ("name", "seed", "storage_path", "num_workers", "source", "runtime", "tracking",
     "use_gpu", "tune", "plan", "audit", "continual", "search_proxy", "export")  # fmt: skip
+MEASUREMENT = ("data", "ipc", "set", "network", "width", "seed", "steps", "evaluation_epochs",
+    "options")  # fmt: skip
 BEGIN, END = "<!-- results: made by tests/benchmarks/results.py -->", "<!-- end of results -->"
 
 Row = Mapping[str, Any]
@@ -95,7 +97,17 @@ def rows_of(run: Path, data: str, machine: str) -> list[dict[str, Any]]:
 
 def key(row: Row) -> str:
     """What makes two rows the same measurement."""
-    names = ("data", "ipc", "set", "network", "width", "seed", "steps", "evaluation_epochs", "options")
+    names = (
+        "data",
+        "ipc",
+        "set",
+        "network",
+        "width",
+        "seed",
+        "steps",
+        "evaluation_epochs",
+        "options",
+    )
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
@@ -173,8 +185,8 @@ def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
     """RESULTS.md."""
     parts = [
         "# Results",
-        "Made by `python tests/benchmarks/results.py tables` from `pipeline/presets/results.jsonl`. "
-        "Test accuracy in percent, of the last epoch, on the complete test set: mean ± standard "
+        "Made by `python tests/benchmarks/results.py tables` from "
+        "`pipeline/presets/results.jsonl`. Test accuracy in percent, of the last epoch, on the complete test set: mean ± standard "
         "error over distillation seeds, or over networks where there is one seed. *Sets x "
         "networks*: distillation seeds, and fresh networks each.",
     ]
@@ -230,7 +242,7 @@ def documents() -> dict[Path, str]:
     for path in sorted(PRESETS.glob("*.toml")):
         line, text = measured_line(path.stem, rows), path.read_text()
         if line is not None:
-            found[path] = re.sub(r"^# (Measured|Not run): .*$", lambda _: line, text, flags=re.M)
+            found[path] = re.sub(r"^# (Measured|Not run): .*$", line, text, flags=re.M)
     return found
 
 
