@@ -3,8 +3,8 @@
     python tests/benchmarks/results.py record runs/NAME --data Fashion-MNIST
     python tests/benchmarks/results.py tables
 
-`record` adds a row for each evaluated set of a run to `pipeline/presets/results.jsonl`, in the place
-of an older one of the same measurement. `tables` writes RESULTS.md, the README's table and the line
+`record` adds a row for each evaluated set of a run to `pipeline/presets/results.jsonl`, in place of
+an older one of the same measurement. `tables` writes RESULTS.md, the README's table and the line
 `# Measured:` of each preset from these rows and from `published.jsonl` beside them.
 """
 
@@ -186,8 +186,8 @@ def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
     parts = [
         "# Results",
         "Made by `python tests/benchmarks/results.py tables` from "
-        "`pipeline/presets/results.jsonl`. Test accuracy in percent, of the last epoch, on the complete test set: mean ± standard "
-        "error over distillation seeds, or over networks where there is one seed. *Sets x "
+        "`pipeline/presets/results.jsonl`. Test accuracy in percent, of the last epoch, on the "
+        "complete test set: mean ± standard error over distillation seeds, or over networks where there is one seed. *Sets x "
         "networks*: distillation seeds, and fresh networks each.",
     ]
     for data, ipc in sorted({(row["data"], row["ipc"]) for row in rows}):
