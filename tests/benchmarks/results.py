@@ -81,6 +81,7 @@ def rows_of(run: Path, data: str, machine: str) -> list[dict[str, Any]]:
             "width": config["model"]["width"],
             "seed": config["seed"],
             "accuracy": [round(value, 5) for value in row["accuracy"]],
+            "method": config.get("method") or "",
             "steps": config["distill"]["num_steps"],
             "evaluation_epochs": row["epochs"],
             "options": options,
@@ -187,8 +188,9 @@ def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
         "# Results",
         "Made by `python tests/benchmarks/results.py tables` from "
         "`pipeline/presets/results.jsonl`. Test accuracy in percent, of the last epoch, on the "
-        "complete test set: mean ± standard error over distillation seeds, or over networks where there is one seed. *Sets x "
-        "networks*: distillation seeds, and fresh networks each.",
+        "complete test set: mean ± standard error over distillation seeds, or over networks where "
+        "there is one seed. *Sets x networks*: distillation seeds, and fresh networks each. "
+        "*Hours*: of pretraining, distillation and evaluation together, on all of the machine.",
     ]
     for data, ipc in sorted({(row["data"], row["ipc"]) for row in rows}):
         lines = [["set", "accuracy %", "best on test %", "sets x networks", "steps", "epochs",
