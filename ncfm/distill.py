@@ -24,7 +24,7 @@ from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
 from ncfm.images import ImageSpec, to_device, to_unit
 from ncfm.memory import keep_freed_memory
 from ncfm.objectives import OBJECTIVES, Comparison
-from ncfm.psi import PsiGradient
+from ncfm.psi import HeldOut, PsiGradient
 from ncfm.seeding import keyed_generator
 
 BLOCK_CHUNKS = 4  # chunks of synthetic images whose graph is kept at a time, but a whole class
@@ -150,6 +150,18 @@ def default_chunk(image_size: int, device: torch.device) -> int:
 def default_graph_images(image_size: int) -> int:
     """Decoded synthetic images whose graph is kept: 512 at 32 px, 32 at 128."""
     return max(1, GRAPH_PIXELS // image_size**2)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the updates of one step have in common."""
+
+    features: Callable[[slice], list[Tensor]]
+    """Features of the real images of some classes."""
+    held_out: list[Tensor]
+    """Those of the images held out for psi; empty if it learns from the matched ones."""
+    prepare: Prepare
+    classifier: Blend
 
 
 class Distiller:
@@ -279,6 +291,11 @@ class Distiller:
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
 
+        held_out: list[Tensor] = []
+        if self.frequencies.learns_between_classes and self.psi_optimizer is not None:
+            size = self.frequencies.held_out
+            psi_images, real = HeldOut(real, size, rest=False), HeldOut(real, size, rest=True)
+            held_out = self._real_features(psi_images, slice(None), prepare)
         # The features of one real batch serve all inner steps.
         kept = self._real_features(real, slice(None), prepare) if cfg.inner_steps > 1 else None
 
@@ -289,17 +306,11 @@ class Distiller:
         for inner in range(cfg.inner_steps):
             if inner and cfg.calibration:
                 self.pool.blend(*extractor)  # calibration has another network
-            metrics = self._minmax(features, prepare, classifier, inner)
+            metrics = self._minmax(_Step(features, held_out, prepare, classifier), inner)
         self.step += 1
         return metrics
 
-    def _minmax(
-        self,
-        features: Callable[[slice], list[Tensor]],
-        prepare: Prepare,
-        classifier: Blend,
-        inner: int,
-    ) -> dict[str, Tensor]:
+    def _minmax(self, step: _Step, inner: int) -> dict[str, Tensor]:
         """One descent of the images and one ascent of psi, both from where the other stands.
 
         Some classes at a time, so that memory does not grow with their number.
@@ -316,22 +327,26 @@ class Distiller:
         seen_y: list[Tensor] = []
         losses = []
         for part in _slices(counts, min(BLOCK_CHUNKS * self.chunk_size, self.graph_images)):
-            x = features(part)
-            y, backward = self._forward(stored, part, prepare)
+            x = step.features(part)
+            y, backward = self._forward(stored, part, step.prepare)
             values, gradients = objective(x, y)
             losses.append(values)
             # (1) min: from the features back to the pixels
             backward(gradients)
             del gradients, backward  # and the graph, before psi's gradient needs memory
             # (2) max: psi's gradient on the same features
-            if ascent is not None and objective.match is not None:
+            if ascent is not None and objective.match is not None and not step.held_out:
                 ascent.add(objective.match, self.frequencies, cfg.alpha)
-            if ascents > 1:
+            if ascents > 1 and not step.held_out:
                 seen_x, seen_y = seen_x + x, seen_y + y
+        if ascent is not None and step.held_out:
+            self._add_between_classes(ascent, step.held_out, t)
         by_class = [torch.cat(losses)] + ([] if ascent is None else [ascent.values])
         metrics: dict[str, Tensor] = {objective.name: by_class[0].sum() / members}
         if cfg.calibration:
-            metrics["calibration"] = self._calibrate(stored, prepare, classifier) / members
+            metrics["calibration"] = (
+                self._calibrate(stored, step.prepare, step.classifier) / members
+            )
         slopes = [p.grad.sum() for p in stored if p.grad is not None]
         self._check_finite(*by_class, torch.stack(slopes))  # waits for a GPU: once, for all classes
         self._step_images(stored)
@@ -341,11 +356,19 @@ class Distiller:
         for number in range(1, ascents):
             t, log_scales = self._frequencies(inner * ascents + number)
             ascent = PsiGradient(log_scales, self.num_classes)
-            match = self.objective(self._comparison(t)).compare(seen_x, seen_y)
-            ascent.add(match, self.frequencies, cfg.alpha)
+            if step.held_out:
+                self._add_between_classes(ascent, step.held_out, t)
+            else:
+                match = self.objective(self._comparison(t)).compare(seen_x, seen_y)
+                ascent.add(match, self.frequencies, cfg.alpha)
             self._check_finite(ascent.values)
             self._step_psi(ascent)
         return metrics
+
+    def _add_between_classes(self, ascent: PsiGradient, held_out: list[Tensor], t: Tensor) -> None:
+        ascent.add_between_classes(
+            held_out, list(self.images), t, self.communicator, kernels=self.kernels
+        )
 
     def _step_images(self, stored: list[Tensor]) -> None:
         cfg = self.config

@@ -63,9 +63,14 @@ class FrequencyConfig:
     max_ratio: float = 3.0
     """psi keeps every scale within [sigma / max_ratio, sigma * max_ratio]; unbounded, it runs away.
     """
-    objective: Literal["ncfd", "excess", "ratio"] = "ratio"
+    objective: Literal["ncfd", "excess", "ratio", "between_classes"] = "ratio"
     """What psi maximises. `ncfd`: the paper's. `excess`: the discrepancy beyond the sampling floor.
-    `ratio`: the discrepancy in units of the sampling floor."""
+    `ratio`: the discrepancy in units of the sampling floor. `between_classes`: the discrepancy of
+    the real classes from each other, which a classifier needs, in units of its sampling noise, on
+    real images held out from the step; meant for `per_network`."""
+    held_out: int = 64
+    """With `between_classes`: so many images of a class's real batch, at most half of it, are held
+    out for psi, and the synthetic images do not match them."""
     lr: float = 1e-3
     """Learning rate of psi's ascent (Adam)."""
     ascents: int = 1
@@ -76,7 +81,15 @@ class FrequencyConfig:
     """Width of psi's hidden layer."""
 
     def __post_init__(self) -> None:
-        for name in ("num_freqs", "num_components", "ascents", "noise_dim", "hidden", "nu"):
+        for name in (
+            "num_freqs",
+            "num_components",
+            "ascents",
+            "noise_dim",
+            "hidden",
+            "nu",
+            "held_out",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sampler == "psi" and self.num_freqs % self.num_components:
@@ -93,6 +106,16 @@ class FrequencyConfig:
             raise ValueError(f"scales must be positive numbers, got {self.scales}")
         if not self.max_ratio > 1:
             raise ValueError(f"max_ratio must be greater than 1, got {self.max_ratio}")
+        if self.learns_between_classes and self.bandwidth == "median":
+            raise ValueError(
+                "objective 'between_classes' compares all classes at the same frequencies: "
+                f"bandwidth must be 'fixed', got {self.bandwidth!r}"
+            )
+
+    @property
+    def learns_between_classes(self) -> bool:
+        """Whether psi ascends the discrepancy between real classes."""
+        return self.sampler == "psi" and self.objective == "between_classes"
 
     def curriculum(self, step: int) -> float:
         """The factor of all frequencies at a step."""

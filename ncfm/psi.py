@@ -4,12 +4,15 @@ Gradients are added up with respect to psi's log-scales (M, D), class by class, 
 once. Each class's part is rounded to `GRADIENT_GRID` and summed in float64, which is exact.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from ncfm.communication import Communicator
+from ncfm.discrepancy import CF, CFSums, cf_from_sums, smooth_sqrt, smooth_sqrt_slope
 from ncfm.frequencies import FrequencyConfig
-from ncfm.matching import Match
+from ncfm.matching import Match, add_scale_gradients, sum_slopes, waves
 
 GRADIENT_GRID = 2.0**-44
 """Each class's part of psi's gradient is rounded to multiples of this, far below Adam's epsilon of
@@ -23,7 +26,8 @@ class PsiGradient:
 
     def __init__(self, log_scales: Tensor | None, num_classes: int) -> None:
         assert log_scales is not None  # a fixed sampler does not ascend
-        self.log_scales, self.unit = log_scales, GRADIENT_GRID * num_classes
+        self.log_scales, self.num_classes = log_scales, num_classes
+        self.unit = GRADIENT_GRID * num_classes
         self.total = torch.zeros_like(log_scales, dtype=torch.float64, requires_grad=False)
         self._values: list[Tensor] = []
 
@@ -37,7 +41,114 @@ class PsiGradient:
         self._values.append(match.objective(config, alpha))
         match.add_scale_gradients(self.total, self.unit)
 
+    def add_between_classes(
+        self,
+        x: Sequence[Tensor],
+        classes: Sequence[int],
+        t: Tensor,
+        communicator: Communicator,
+        *,
+        kernels: bool = False,
+    ) -> None:
+        """Accumulate the gradient of all classes, the real features against each other.
+
+        `x` holds this worker's part of the held-out features of its `classes`, (N_c, D) each. The
+        sums of the CFs of all classes, (num_classes, 2 K + 1), are added up over all workers.
+        Cosines and sines are computed twice, so that only those of one class are in memory.
+        """
+        sums = t.new_zeros(self.num_classes, 2 * len(t) + 1)
+        for c, part in zip(classes, x, strict=True):
+            sums[c] = waves(part[None], t).sums()[0]
+        sums = communicator.sum_all(sums)
+        phi, counts = _class_cfs(sums)
+        self._values.append(between_classes(phi, counts).expand(len(x)))
+        sums[:, -1].clamp_min_(1)
+        # `unit` is of a mean over the classes; here every class has its part of one value.
+        slopes = sum_slopes(between_classes_slopes(phi, counts), sums) * self.num_classes
+        for c, part in zip(classes, x, strict=True):
+            if len(part):
+                side = (waves(part[None], t), slopes[c : c + 1], part[None])
+                add_scale_gradients(self.total, self.unit, [side], t, kernels=kernels)
+
     def backward(self, communicator: Communicator) -> None:
         """All-reduce, then backpropagate into psi's parameters."""
         mean = communicator.sum_all(self.total) * GRADIENT_GRID
         self.log_scales.backward(mean.to(self.log_scales.dtype))
+
+
+def _class_cfs(sums: Tensor) -> tuple[CF, Tensor]:
+    """From sums (C, 2 K + 1) the CF of every class, 0 without samples, and their numbers (C, 1)."""
+    k, counts = sums.shape[1] // 2, sums[:, -1:].clone()
+    cos, sin, _ = sums.split([k, k, 1], -1)
+    return cf_from_sums(CFSums(cos, sin, counts.clamp_min(1))), counts
+
+
+def between_classes(phi: CF, counts: Tensor) -> Tensor:
+    """How well frequencies tell classes apart, (): the mean over k of sqrt(S / N), with
+
+        S = mean over pairs of classes of |phi_c - phi_c'|^2
+        N = mean over pairs of classes of (1 - |phi_c|^2) / n_c + (1 - |phi_c'|^2) / n_c'
+
+    the squared discrepancy of two classes, and what sampling noise alone makes of it: the signal to
+    noise ratio by which optimised two-sample tests choose frequencies. `phi` has parts (C, K), from
+    `counts` (C, 1) samples; classes without any do not count.
+    """
+    signal, noise, *_ = _signal_and_noise(phi, counts)
+    return smooth_sqrt(signal / noise).mean()
+
+
+def between_classes_slopes(phi: CF, counts: Tensor) -> CF:
+    """Gradient of `between_classes` with respect to phi, each part (C, K)."""
+    signal, noise, present, centred = _signal_and_noise(phi, counts)
+    classes, ratio = present.sum(), signal / noise
+    of_signal = smooth_sqrt_slope(ratio) / (noise * ratio.shape[-1])
+    of_noise = -of_signal * ratio
+    inside = (phi.squared_modulus() < 1) * present / counts.clamp_min(1)
+    of_real, of_imag = (
+        of_signal * (4 / (classes - 1).clamp_min(1)) * centred_part
+        - of_noise * (4 / classes) * inside * part
+        for centred_part, part in zip(centred, phi, strict=True)
+    )
+    return CF(of_real, of_imag)
+
+
+def _signal_and_noise(phi: CF, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, CF]:
+    """S and N (K,), N plus 1e-6; 1 for every class with samples, (C, 1); and phi minus its mean
+    over these.
+
+    The mean over pairs of |phi_c - phi_c'|^2 is 2 / (C - 1) times the sum of |phi_c - mean|^2.
+    """
+    present = (counts > 0).to(phi.real.dtype)
+    classes = present.sum()
+    real, imag = (present * (part - (present * part).sum(0) / classes) for part in phi)
+    centred = CF(real, imag)
+    signal = centred.squared_modulus().sum(0) * (2 / (classes - 1).clamp_min(1))
+    variance = present * (1 - phi.squared_modulus()).clamp_min(0) / counts.clamp_min(1)
+    return signal, variance.sum(0) * (2 / classes) + 1e-6, present, centred
+
+
+class HeldOut(Mapping[int, Tensor]):
+    """The real batches of a step: what is held out of them for psi, or else the rest."""
+
+    def __init__(self, real: Mapping[int, Tensor], size: int, *, rest: bool) -> None:
+        self._real, self._size, self._rest = real, size, rest
+
+    def __getitem__(self, class_index: int) -> Tensor:
+        rest, held_out = split_held_out(self._real[class_index], self._size)
+        return rest if self._rest else held_out
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._real)
+
+    def __len__(self) -> int:
+        return len(self._real)
+
+
+def split_held_out(batch: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
+    """A class's real batch (N, ...): the images to match, and those for psi, `held_out` of them but
+    at most half, evenly spread, since a batch may be in some order.
+    """
+    count = min(held_out, len(batch) // 2)
+    held = torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
+    held[torch.arange(count, device=batch.device) * len(batch) // max(1, count)] = True
+    return batch[~held], batch[held]

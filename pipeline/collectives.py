@@ -136,8 +136,11 @@ def predicted_bytes(
     psi = frequencies.sampler == "psi"
     ascents, width = psi * frequencies.ascents, 2 * frequencies.num_freqs + 1
     scales = frequencies.num_components * dim
+    classes = len({c for group in groups for c in group.classes})
     workers = sum(len(group.ranks) for group in groups)
     shared = sum((len(group.ranks) - 1) * len(group.classes) for group in groups)
-    return 2 * (
-        8 * ascents * scales * (workers - 1) + number_bytes * shared * width * max(1, ascents)
-    )
+    descents = number_bytes * shared * width
+    if frequencies.learns_between_classes:
+        between = number_bytes * classes * width
+        return 2 * (ascents * (8 * scales + between) * (workers - 1) + descents)
+    return 2 * (8 * ascents * scales * (workers - 1) + descents * max(1, ascents))

@@ -48,6 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": dataclasses.replace(CONFIG, precision="float64"),
         "frequencies": dataclasses.replace(FREQUENCIES, ascents=2, per_network=True),
     },
+    "between": {
+        "config": dataclasses.replace(CONFIG, precision="float64"),
+        "frequencies": dataclasses.replace(FREQUENCIES, objective="between_classes", ascents=2),
+    },
     "median": {
         "config": dataclasses.replace(CONFIG, precision="float64"),
         "frequencies": dataclasses.replace(FREQUENCIES, sampler="imq", bandwidth="median"),
@@ -61,7 +65,7 @@ RUNS = [
 RUNS += [
     (case, variant)
     for case in ("2 classes on 4", "uneven groups")
-    for variant in ("mmd", "ascents", "median")
+    for variant in ("mmd", "ascents", "median", "between")
 ]
 
 
