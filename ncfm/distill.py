@@ -58,6 +58,9 @@ class DistillConfig:
     """Minmax steps (paper: 20 000)."""
     real_batch: int = 1024
     """Real images per class and step (paper: 1024); a smaller class is used whole."""
+    easy_fraction: float = 1.0
+    """Match, and start from, only this part of each class's real images: those that the pool's
+    trained networks find easiest. Less than 1 may help where very few images are stored."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     """Learning rate of the images; every class takes exactly one optimiser step per minmax step."""
@@ -122,6 +125,8 @@ class DistillConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 < self.easy_fraction <= 1:
+            raise ValueError(f"easy_fraction must be within (0, 1], got {self.easy_fraction}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be within [0, 1], got {self.alpha}")
         for name in ("weight_decay", "calibration", "momentum"):

@@ -28,10 +28,17 @@ class SyntheticConfig:
     """Multi-formation: each stored image holds factor x factor tiles, each used as a full image."""
     init: Literal["mix", "random", "noise"] = "mix"
     """`mix`: every tile is another real image. `random`: one real image. `noise`: uniform noise."""
+    choose: Literal["random", "confident", "spread"] = "random"
+    """Real images to start from. `random`; `confident`: those of the lowest loss under the pool's
+    trained networks; `spread`: those nearest to the centres of k-means on features of the first."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ValueError(f"factor must be at least 1, got {self.factor}")
+        if self.init == "noise" and self.choose != "random":
+            raise ValueError(
+                f"choose is of real images, which init 'noise' has none of, got {self.choose!r}"
+            )
 
     def real_images_needed(self, ipc: int) -> int:
         """Real images of a class that the initialisation of ipc images takes."""

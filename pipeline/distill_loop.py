@@ -19,8 +19,8 @@ from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.models import ModelConfig
-from ncfm.seeding import keyed_generator
-from ncfm.synthetic import SyntheticConfig, initial_images
+from ncfm.selection import easy_count
+from ncfm.synthetic import SyntheticConfig
 from pipeline.assignment import ClassCost, assign
 from pipeline.checkpoint import CheckpointWriter, load_checkpoint
 from pipeline.collectives import Collectives
@@ -30,6 +30,7 @@ from pipeline.data.store import Store
 from pipeline.health import fatal_error, record_fatal, stragglers
 from pipeline.pretrain import load_trajectory, new_network
 from pipeline.progress import Progress, append_rows, read_rows
+from pipeline.selection import Selection
 from pipeline.snapshots import snapshot_steps, write_snapshot
 from pipeline.stage import peak_rss_bytes
 from pipeline.tracking import TrackedRun, Trackers
@@ -63,12 +64,17 @@ class DistillJob:
         """Where pictures of the images at some steps are kept."""
         return self.metrics.parent / "snapshots" / self.checkpoints.name
 
+    def matched_counts(self) -> list[int]:
+        """Real images of each class that may be matched."""
+        counts = self.store.counts("train")
+        return [easy_count(n, self.distill.easy_fraction) for n in counts]
+
     def costs(self) -> list[ClassCost]:
         """What each class costs in a step."""
         synthetic, calibrated = self.ipc * self.synthetic.factor**2, self.distill.calibration > 0
         return [
             ClassCost.of(min(n, self.distill.real_batch), synthetic, calibrated=calibrated)
-            for n in self.store.counts("train")
+            for n in self.matched_counts()
         ]
 
 
@@ -101,7 +107,7 @@ class Loop:
             job.store, self.group.classes, job.seed, device=self.context.device
         )
         if self.context.rank == 0:
-            warn_of_small_classes(job.store.counts("train"), job.distill.real_batch)
+            warn_of_small_classes(job.matched_counts(), job.distill.real_batch)
         about = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
         self.hosts = [host for _, host in about]
         self.writer = CheckpointWriter(
@@ -113,20 +119,27 @@ class Loop:
             timeout_s=job.runtime.collective_timeout_s,
         )
         state = self._restore()
-        images = {
-            c: _initial_images(job, self.real, c) if state is None else state[f"class/{c}/images"]
-            for c in self.group.classes
-        }
-        network = new_network(job.model, spec, seed=0)  # its weights are the pool's
-        epochs = job.snapshot_epochs
-        if job.distill.extractor == "blend":
-            epochs = epochs[:1] + epochs[-1:]
-        trajectories = [load_trajectory(job.pool, i, epochs) for i in range(job.networks)]
+        pool = self._load_pool()
+        selection = Selection(
+            batches=self.real,
+            pool=pool,
+            spec=spec,
+            synthetic=job.synthetic,
+            distill=job.distill,
+            ipc=job.ipc,
+            seed=job.seed,
+            communicator=self.collectives,
+            device=self.context.device,
+        )
+        images = {}
+        for c in self.group.classes:
+            selection.restrict(c)
+            images[c] = selection.initial_images(c) if state is None else state[f"class/{c}/images"]
         self.distiller = Distiller(
             images,
             factor=job.synthetic.factor,
             spec=spec,
-            pool=ExtractorPool(network, trajectories, epochs=epochs, device=self.context.device),
+            pool=pool,
             seed=job.seed,
             config=job.distill,
             frequencies=job.frequencies,
@@ -141,6 +154,15 @@ class Loop:
             self.collectives.gather(None)  # rank 0's: it exists before anyone goes on
         else:
             self.distiller.load_state_dict(state)
+
+    def _load_pool(self) -> ExtractorPool:
+        job = self.job
+        network = new_network(job.model, job.store.spec, seed=0)  # its weights are the pool's
+        epochs = job.snapshot_epochs
+        if job.distill.extractor == "blend":
+            epochs = epochs[:1] + epochs[-1:]
+        trajectories = [load_trajectory(job.pool, i, epochs) for i in range(job.networks)]
+        return ExtractorPool(network, trajectories, epochs=epochs, device=self.context.device)
 
     def _restore(self) -> dict[str, Tensor] | None:
         """The newest checkpoint that all workers can read; each reads its classes alone."""
@@ -269,11 +291,3 @@ class Loop:
             state = {key: value for key, value in state.items() if key.startswith("class/")}
         self.writer.save(self.distiller.step, state)
         self.saved_at = time.monotonic()
-
-
-def _initial_images(job: DistillJob, batches: ClassBatches, class_index: int) -> Tensor:
-    needed = job.synthetic.real_images_needed(job.ipc)
-    real = batches.batch(class_index, 0, needed, purpose="init")
-    return initial_images(
-        real, job.ipc, job.synthetic, keyed_generator(job.seed, "init_noise", class_index)
-    )

@@ -41,9 +41,10 @@ class ClassBatches:
         device, size = torch.device(device), sum(x.nbytes for x in self._images.values())
         if device.type == "cuda" and size <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
             self._images = {c: images.to(device) for c, images in self._images.items()}
+        self._allowed: dict[int, Tensor] = {}
 
     def batch(self, class_index: int, step: int, size: int, *, purpose: str = REAL_BATCH) -> Tensor:
-        """(n, C, H, W) uint8: n = min(size, images of the class) of them, each at most once.
+        """(n, C, H, W) uint8: n = min(size, allowed images of the class), each at most once.
 
         It follows from (seed, purpose, step, class). Raises ValueError on a class without images.
         """
@@ -52,8 +53,26 @@ class ClassBatches:
             raise ValueError(f"class {class_index} has no images in this split")
         generator = keyed_generator(self._seed, purpose, step, class_index)
         # Sorted: neighbours in the file are read together.
-        chosen = torch.randperm(len(images), generator=generator)[:size].sort().values
+        if class_index in self._allowed:
+            allowed = self._allowed[class_index]
+            order = torch.randperm(len(allowed), generator=generator)[:size]
+            chosen = allowed[order].sort().values
+        else:
+            chosen = torch.randperm(len(images), generator=generator)[:size].sort().values
         return images.index_select(0, to_device(chosen, images.device))
+
+    def images(self, class_index: int) -> Tensor:
+        """All images of a class, (N, C, H, W) uint8."""
+        return self._images[class_index]
+
+    def restrict(self, class_index: int, allowed: Tensor) -> None:
+        """Have batches of a class come from the images with these indices alone."""
+        self._allowed[class_index] = allowed
+
+    def allowed(self, class_index: int) -> Tensor:
+        """The indices of the images that batches of a class come from."""
+        every = torch.arange(len(self._images[class_index]))
+        return self._allowed.get(class_index, every)
 
     def step(self, step: int, size: int) -> Mapping[int, Tensor]:
         """The real batches of a step, each gathered when it is asked for."""

@@ -61,6 +61,20 @@ def test_a_batch_is_the_keyed_choice_from_the_whole_class(store: Store) -> None:
         assert sorted(numbers(batches(store, seed=7).batch(0, 5, size))) == expected
 
 
+def test_batches_of_some_images_of_a_class(store: Store) -> None:
+    source, other = batches(store), batches(store)
+    allowed = torch.tensor([5, 7, 30, 31, 90])
+    source.restrict(0, allowed)
+    seen = set(numbers(store.images("train", [0])[0][allowed]))
+    drawn = [numbers(source.batch(0, step, 3)) for step in STEPS]
+    assert all(len(set(found)) == 3 for found in drawn)
+    assert {number for found in drawn for number in found} == seen
+    assert sorted(numbers(source.batch(0, 0, 100))) == sorted(seen)
+    assert source.allowed(0).tolist() == allowed.tolist()
+    assert len(source.allowed(1)) == len(source.images(1))
+    assert torch.equal(source.batch(1, 0, 10), other.batch(1, 0, 10))  # another class
+
+
 def deviation(draws: Counter[int], count: int) -> float:
     """How far the numbers of draws are from equal: chi-squared in standard deviations."""
     mean = draws.total() / count

@@ -146,6 +146,7 @@ def test_snapshots_of_the_pools_training(tiny: tuple[Path, Path]) -> None:
         *("--pretrain.snapshot_every", "1", "--pretrain.training.epochs", "2"),
         *("--distill.extractor", "snapshot", "--distill.calibration_ahead", "[0,1]"),
         *("--distill.objective", "mmd_raw", "--distill.loss_weight", "1", "--num_workers", "2"),
+        *("--synthetic.choose", "spread", "--distill.easy_fraction", "0.5"),
     ]
     named = directory.with_name("trajectories")
     made = stage(folder, named, "distill", *options)

@@ -1,0 +1,104 @@
+"""Which real images count: the easy ones of a class, and those that synthetic images start from.
+
+An image is easy if trained networks give its class a high probability: its loss, the cross-entropy,
+is low. Hard images hurt where few images are stored (PAD); confident ones (RDED)
+and ones spread over the class (DREAM) are better starts than random ones.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncfm.extractors import ExtractorPool
+from ncfm.images import ImageSpec, to_device, to_unit
+from ncfm.kernels import native
+
+CHUNK = 256  # images in one pass
+K_MEANS_ROUNDS = 20
+
+
+@torch.no_grad()
+def _passes(
+    pool: ExtractorPool, member: int, images: Tensor, spec: ImageSpec
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and logits, float64, of chunks of images under a member's trained network.
+
+    Float64, from the features on: what is chosen must not hang on rounding.
+    """
+    model = pool.blend(member, 1.0)
+    features = native(model) or model.features
+    weight = next(model.parameters())
+    classifier = copy.deepcopy(model.classifier).double()
+    for part in images.split(CHUNK):
+        inputs = spec.normalize(to_unit(to_device(part, weight.device)).to(weight.dtype))
+        found = features(inputs).double()
+        yield found, classifier(found)
+
+
+def image_losses(
+    pool: ExtractorPool, images: Tensor, label: int, spec: ImageSpec, networks: int
+) -> Tensor:
+    """The cross-entropy of each image of a class, (N,), its mean over so many of the pool's trained
+    networks, or over all if there are fewer. `images` is (N, C, H, W), uint8 or in [0, 1].
+    """
+    count = min(networks, len(pool))
+    total = torch.zeros(len(images), dtype=torch.float64)
+    for member in range(count):
+        losses = [
+            -logits.log_softmax(1)[:, label].cpu()
+            for _, logits in _passes(pool, member, images, spec)
+        ]
+        total += torch.cat(losses)
+    return total / count
+
+
+def class_features(pool: ExtractorPool, images: Tensor, spec: ImageSpec) -> Tensor:
+    """Normalised features (N, D), float64, under the first member's trained network."""
+    found = [features.cpu() for features, _ in _passes(pool, 0, images, spec)]
+    return F.normalize(torch.cat(found), dim=-1)
+
+
+def easiest(losses: Tensor, count: int) -> Tensor:
+    """The indices of the lowest losses, lowest first; of equal ones the first."""
+    return losses.argsort(stable=True)[:count]
+
+
+def easy_count(images: int, fraction: float) -> int:
+    """How many images of a class are easy: at least one, if it has any."""
+    return math.ceil(fraction * images)
+
+
+def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The indices of samples x (N, D) nearest to the centres of k-means, `count` of them, each
+    another one. Raises ValueError if there are fewer samples.
+    """
+    if count > len(x):
+        raise ValueError(f"cannot choose {count} of {len(x)} samples")
+    centres = x[_first_centres(x, count, generator)]
+    for _ in range(K_MEANS_ROUNDS):
+        nearest = torch.cdist(x, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        centres = torch.where(sizes > 0, sums / sizes.clamp_min(1), centres)
+    distances, chosen = torch.cdist(centres, x), list[int]()
+    for row in distances:
+        row[chosen] = math.inf
+        chosen.append(int(row.argmin()))
+    return torch.tensor(chosen)
+
+
+def _first_centres(x: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """k-means++: each with a probability proportional to the squared distance from those before."""
+    chosen = [int(torch.randint(len(x), (), generator=generator))]
+    nearest = (x - x[chosen[0]]).square().sum(1)
+    while len(chosen) < count:
+        total = nearest.cumsum(0)
+        place = float(torch.rand((), generator=generator, dtype=torch.float64)) * float(total[-1])
+        index = min(int(torch.searchsorted(total, place, right=True)), len(x) - 1)
+        chosen.append(index)
+        nearest = torch.minimum(nearest, (x - x[index]).square().sum(1))
+    return chosen

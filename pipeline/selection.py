@@ -1,0 +1,77 @@
+"""The real images that a worker's classes match, and those that its synthetic images start from.
+
+Of the workers that share a class, the first chooses; the others are told by a sum. So they agree
+even where their processors round differently.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ncfm.communication import Communicator
+from ncfm.distill import DistillConfig
+from ncfm.extractors import ExtractorPool
+from ncfm.images import ImageSpec
+from ncfm.seeding import keyed_generator
+from ncfm.selection import class_features, easiest, easy_count, image_losses, spread
+from ncfm.synthetic import SyntheticConfig, initial_images
+from pipeline.data.batches import ClassBatches
+
+NETWORKS = 4  # of the pool, whose mean loss says how hard an image is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What is chosen from, and by which networks."""
+
+    batches: ClassBatches
+    pool: ExtractorPool
+    spec: ImageSpec
+    synthetic: SyntheticConfig
+    distill: DistillConfig
+    ipc: int
+    seed: int
+    communicator: Communicator
+    device: torch.device
+
+    def restrict(self, class_index: int) -> None:
+        """Have batches of this class come from its easy images alone."""
+        if self.distill.easy_fraction == 1:
+            return
+        images = self.batches.images(class_index)
+        count = easy_count(len(images), self.distill.easy_fraction)
+        chosen = torch.zeros(count, dtype=torch.int64)
+        if self.communicator.member == 0:
+            chosen = easiest(self._losses(images, class_index), count).sort().values
+        self.batches.restrict(class_index, self._agreed(chosen))
+
+    def initial_images(self, class_index: int) -> Tensor:
+        """The first synthetic images of a class, (ipc, C, H, W)."""
+        needed = self.synthetic.real_images_needed(self.ipc)
+        if self.synthetic.choose == "random":
+            real = self.batches.batch(class_index, 0, needed, purpose="init")
+        else:
+            images = self.batches.images(class_index)
+            allowed = self.batches.allowed(class_index)
+            chosen = torch.zeros(min(needed, len(allowed)), dtype=torch.int64)
+            if self.communicator.member == 0:
+                chosen = allowed[self._choose(images[allowed], class_index, len(chosen))]
+            real = images[self._agreed(chosen)]
+        noise = keyed_generator(self.seed, "init_noise", class_index)
+        return initial_images(real, self.ipc, self.synthetic, noise)
+
+    def _choose(self, images: Tensor, class_index: int, count: int) -> Tensor:
+        if self.synthetic.choose == "confident":
+            return easiest(self._losses(images, class_index), count)
+        generator = keyed_generator(self.seed, "init_spread", class_index)
+        return spread(class_features(self.pool, images, self.spec), count, generator)
+
+    def _losses(self, images: Tensor, class_index: int) -> Tensor:
+        return image_losses(self.pool, images, class_index, self.spec, NETWORKS)
+
+    def _agreed(self, chosen: Tensor) -> Tensor:
+        """That of the group's first member, whose others have zeros."""
+        if self.communicator.members == 1:
+            return chosen
+        return self.communicator.sum_group(chosen.to(self.device)).cpu()
