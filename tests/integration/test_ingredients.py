@@ -1,0 +1,123 @@
+"""Trajectories, chosen images and a psi between classes together, in one process without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numbered import NumberedSource, write_set
+from upath import UPath
+
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import RunConfig, parse_command
+from pipeline.data.store import Store
+from pipeline.distill_loop import DistillJob, Loop
+from pipeline.pretrain import PretrainJob, pretrain_loop
+from pipeline.progress import read_rows
+from pipeline.shard import ShardConfig
+
+OPTIONS = [
+    *("--shard.image_size", "16", "--model.depth", "2", "--model.width", "16", "--ipc", "2"),
+    *("--pretrain.networks", "2", "--pretrain.training.epochs", "4"),
+    *("--pretrain.snapshot_every", "2", "--distill.num_steps", "6", "--distill.real_batch", "20"),
+    *("--distill.extractor", "snapshot_blend", "--distill.calibration_ahead", "[0,2]"),
+    *("--distill.easy_fraction", "0.5", "--synthetic.choose", "spread"),
+    *("--distill.calibration", "1", "--runtime.log_every", "2"),
+    *("--frequencies.sampler", "psi", "--frequencies.objective", "between_classes"),
+    *("--frequencies.per_network", "true", "--frequencies.num_freqs", "64"),
+    *("--frequencies.num_components", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Store, Path]:
+    """The configuration, the real images, and the pool's directory."""
+    folder = tmp_path_factory.mktemp("ingredients")
+    store = write_set(NumberedSource(), ShardConfig(image_size=16), folder / "set")
+    config, pool = parse_command(OPTIONS).config, folder / "pool"
+    pool.mkdir()
+    job = PretrainJob(
+        store=store,
+        directory=UPath(pool),
+        model=config.model,
+        config=config.pretrain,
+        seed=config.seed,
+    )
+    pretrain_loop({"job": job, "members": [0, 1]})
+    return config, store, pool
+
+
+def loop(trained: tuple[RunConfig, Store, Path], folder: Path, **changes: Any) -> Loop:
+    config, store, pool = trained
+    folder.mkdir(exist_ok=True)
+    arguments: dict[str, Any] = {
+        "synthetic": config.synthetic,
+        "distill": config.distill,
+        "frequencies": config.frequencies,
+    } | changes
+    return Loop(
+        DistillJob(
+            store=store,
+            pool=UPath(pool),
+            networks=2,
+            snapshot_epochs=config.pretrain.snapshot_epochs,
+            checkpoints=UPath(folder / "checkpoints"),
+            metrics=UPath(folder / "metrics.jsonl"),
+            model=config.model,
+            augment=config.augment,
+            runtime=config.runtime,
+            ipc=config.ipc,
+            seed=config.seed,
+            **arguments,
+        )
+    )
+
+
+def test_a_run_that_was_cut_off_goes_on_exactly(
+    trained: tuple[RunConfig, Store, Path], tmp_path: Path
+) -> None:
+    names = sorted(path.name for path in trained[2].glob("*.safetensors"))
+    assert names == [
+        *("network-000.safetensors", "network-001.safetensors"),
+        *("snapshot-000-0002.safetensors", "snapshot-001-0002.safetensors"),
+    ]
+    whole = loop(trained, tmp_path / "whole")
+    assert len(whole.distiller.samplers) == 2
+    whole.run()
+    rows = read_rows(UPath(tmp_path / "whole" / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert {"distill/ncfd", "distill/calibration", "distill/psi_objective"} <= set(rows[0])
+    cut = loop(trained, tmp_path / "cut")
+    for step in range(3):
+        cut.distiller.update(cut.real.step(step, 20))
+    cut._save()
+    cut.writer.wait()
+    resumed = loop(trained, tmp_path / "cut")
+    assert resumed.distiller.step == 3
+    resumed.run()
+    states = [load_checkpoint(UPath(tmp_path / name / "checkpoints")) for name in ("whole", "cut")]
+    assert states[0] is not None
+    assert states[1] is not None
+    for name, value in states[0].items():
+        if name != "peak_rss_bytes":
+            assert torch.equal(value, states[1][name]), name
+    assert any(name.startswith("psi_optimizer/1.") for name in states[0])
+
+
+def test_batches_and_first_images_are_of_easy_images(
+    trained: tuple[RunConfig, Store, Path], tmp_path: Path
+) -> None:
+    """Of 100, 64 and 7 images half are easy; they are plain, and so are the tiles of the first
+    synthetic images.
+    """
+    made = loop(trained, tmp_path / "run")
+    assert [cost.shared for cost in made.costs] == [20, 20, 4]
+    for c, count in enumerate((50, 32, 4)):
+        easy = {
+            tuple(image[:, 0, 0].tolist()) for image in made.real.images(c)[made.real.allowed(c)]
+        }
+        assert len(easy) == count
+        drawn = [made.real.batch(c, step, 20) for step in range(30)]
+        assert {tuple(image[:, 0, 0].tolist()) for batch in drawn for image in batch} == easy
+        tiles = (made.distiller.images[c].detach() * 255).round()[:, :, ::8, ::8].int()
+        assert {tuple(pixel.tolist()) for pixel in tiles.permute(0, 2, 3, 1).flatten(0, 2)} <= easy
