@@ -78,7 +78,7 @@ def distill_loop(arguments: dict[str, Any]) -> None:
     job: DistillJob = arguments["job"]
     if fatal_error(job.checkpoints) is not None:
         return  # started again after an error that would only come again: the driver reports it
-    loop = Loop(job)
+    loop = Loop(job, arguments["device"])
     try:
         loop.run()
     except NonFiniteLossError as error:
@@ -89,8 +89,8 @@ def distill_loop(arguments: dict[str, Any]) -> None:
 class Loop:
     """One worker's share of the classes, and what it tells of it."""
 
-    def __init__(self, job: DistillJob) -> None:
-        self.job, self.context, self.costs = job, current_context(), job.costs()
+    def __init__(self, job: DistillJob, device: str) -> None:
+        self.job, self.context, self.costs = job, current_context(device), job.costs()
         shards = ShardSet(job.shards, job.shard_manifest)
         self.class_names = shards.spec.class_names
         self.groups = assign(self.costs, self.context.world_size)

@@ -87,7 +87,7 @@ class EvaluationTask:
             parts.append(list(self.classes))
         return cache / f"{fingerprint(*parts)}.json"
 
-    def training_set(self, shards: ShardSet) -> ImageSource:
+    def training_set(self, shards: ShardSet, device: str) -> ImageSource:
         """The images that the network learns from, labels as in the whole set."""
         classes = self.classes or tuple(range(shards.spec.num_classes))
         if self.set == "whole":
@@ -101,15 +101,13 @@ class EvaluationTask:
                 labels = synthetic.soft_labels
             return InMemoryImages(images[own], labels[own])
         if self.set == "herding":
-            return self._herding(shards, classes)
+            return self._herding(shards, classes, device)
         made = self.random_images(shards, classes)
         images, labels = made.decode()
         if self.set == "random_soft":
             networks = min(self.curate.networks, self.networks)
             teachers = pool_networks(self.pool, networks, self.pool_model, shards.spec)
-            return InMemoryImages(
-                images, soft_labels(made, teachers, self.curate, device=_device())
-            )
+            labels = soft_labels(made, teachers, self.curate, device=device)
         return InMemoryImages(images, labels)
 
     def random_images(self, shards: ShardSet, classes: Sequence[int]) -> SyntheticSet:
@@ -132,7 +130,7 @@ class EvaluationTask:
         labels = torch.tensor(classes).repeat_interleave(self.ipc)
         return SyntheticSet(torch.cat(images), labels, factor, shards.spec)
 
-    def _herding(self, shards: ShardSet, classes: Sequence[int]) -> ImageSource:
+    def _herding(self, shards: ShardSet, classes: Sequence[int], device: str) -> ImageSource:
         """Real images that herding chooses; each repeat by the features of another network."""
         network = new_network(self.pool_model, shards.spec, seed=0)  # its weights are the pool's
         _, trained = load_member(self.pool, self.repeat % self.networks)
@@ -143,17 +141,17 @@ class EvaluationTask:
                 self.ipc,
                 network,
                 shards.spec,
-                device=_device(),
+                device=device,
             )
             for c in classes
         ]
         return InMemoryImages(torch.cat(chosen), torch.tensor(classes).repeat_interleave(self.ipc))
 
-    def run(self, threads: int = 1) -> dict[str, Any]:
+    def run(self, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         """Train and test; runs inside a Ray task. The threads make no difference to the result."""
         torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
         shards = ShardSet(self.shards, self.shard_manifest)
-        spec, train_on = shards.spec, self.training_set(shards)
+        spec, train_on = shards.spec, self.training_set(shards, device)
         test_on: ImageSource = StreamedImages(
             shards, "val", self.memory_budget, classes=self.classes
         )
@@ -170,8 +168,8 @@ class EvaluationTask:
             model=self.model,
             training=self.training,
             seed=keyed_seed(self.seed, "evaluate", self.repeat),
-            device=_device(),
-            tail=tail.training_set(shards) if tail else None,
+            device=device,
+            tail=tail.training_set(shards, device) if tail else None,
             tail_epochs=self.hard_epochs,
             legacy_every=self.legacy_every,
             threads=threads,
@@ -195,10 +193,6 @@ def _per_class(confusion: Tensor) -> list[float]:
     counts = confusion.sum(1).clamp_min(1)
     found: list[float] = (confusion.diagonal() / counts).tolist()
     return found
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def evaluate(tasks: Sequence[EvaluationTask], cache: UPath, workers: Workers) -> Manifest:
@@ -243,7 +237,7 @@ def run_tasks(
     while todo or pending:
         while todo and threads[0] <= free:
             path, mine = todo.pop(0), threads.pop(0)
-            task = remote.options(num_cpus=mine).remote(waiting[path], mine)
+            task = remote.options(num_cpus=mine).remote(waiting[path], mine, workers.device)
             pending[task], free = (path, mine), free - mine
         ready, _ = ray.wait(list(pending))
         path, mine = pending.pop(ready[0])

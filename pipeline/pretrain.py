@@ -60,7 +60,7 @@ def pretrain(job: PretrainJob, workers: Workers, *, storage: UPath, max_failures
 def pretrain_loop(arguments: dict[str, Any]) -> None:
     """Train this worker's share of `members`."""
     job: PretrainJob = arguments["job"]
-    context = current_context()
+    context = current_context(arguments["device"])
     shards = ShardSet(job.shards, job.shard_manifest)
     budget = job.stream.memory_budget_mib * 2**20 // context.world_size
     images = {split: StreamedImages(shards, split, budget) for split in ("train", "val")}

@@ -44,17 +44,17 @@ class WorkerContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def current_context() -> WorkerContext:
+def current_context(device: str = "cpu") -> WorkerContext:
     """The context of this process: of its torch.distributed group if it is in one, else a worker
     alone.
+
+    `device` is the run's decision (`Workers.device`): a process may see GPUs that are not its own.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    return WorkerContext(rank=rank, world_size=world_size, device=device)
+    found = torch.device(device)
+    if found.type == "cuda":  # Ray Train has made the worker's own GPU the current one
+        found = torch.device("cuda", torch.cuda.current_device())
+    return WorkerContext(rank=rank, world_size=world_size, device=found)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Workers:
 
     @property
     def device(self) -> str:
-        """What torch calls it."""
+        """Where its workers compute, as torch calls it: decided here, and handed down."""
         return "cuda" if self.use_gpu else "cpu"
 
 
@@ -160,8 +160,8 @@ def fit(
     """Run a loop on a group of Ray Train workers; a failed group is started again up to
     max_failures times, with fewer workers, but at least min_workers, if nodes are gone.
 
-    `loop` must live in an importable module. Its results are the files it writes. A worker waits
-    for the others for at most timeout_s.
+    `loop` must live in an importable module; it gets `arguments` and the workers' "device". Its
+    results are the files it writes. A worker waits for the others for at most timeout_s.
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -177,7 +177,7 @@ def fit(
         count = (min(min_workers, count), count)
     trainer = TorchTrainer(
         loop,
-        train_loop_config=dict(arguments),
+        train_loop_config={**arguments, "device": workers.device},
         torch_config=TorchConfig(timeout_s=math.ceil(timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=count,
