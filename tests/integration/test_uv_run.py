@@ -36,6 +36,7 @@ def below(pid: int) -> set[str]:
     return lines
 
 
+@pytest.mark.long
 def test_no_worker_of_a_run_is_started_through_uv(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -52,7 +53,7 @@ def test_no_worker_of_a_run_is_started_through_uv(tmp_path: Path) -> None:
         lines: set[str] = set()
         while started.poll() is None:
             lines |= below(started.pid)
-            time.sleep(0.05)
+            time.sleep(0.2)
     assert started.returncode == 0, (tmp_path / "log").read_text()
     assert any("default_worker.py" in line or "ray::" in line for line in lines), lines
     assert not [line for line in lines if "uv run" in line]
@@ -64,7 +65,7 @@ sys.path[:0] = sys.argv[1:]
 if sys.argv[1:]:
     import conftest
 from ray._private.worker import _maybe_modify_runtime_env
-print(_maybe_modify_runtime_env(None, False).get("py_executable"))
+print((_maybe_modify_runtime_env(None, False) or {}).get("py_executable"))
 """
 
 
@@ -74,4 +75,4 @@ def test_the_tests_switch_the_hook_off(folders: list[str], executable: str) -> N
     command = ["uv", "run", "--no-sync", "python", "-c", HOOK, *folders]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith(executable)
+    assert executable in done.stdout
