@@ -55,14 +55,15 @@ def soft_labels(
     One teacher is on the device at a time, and may be the same module with other weights. Raises
     ValueError if there is none.
     """
-    images, labels = synthetic.decode()
+    images = synthetic.source(device=device)
+    labels = synthetic.labels.repeat_interleave(synthetic.factor**2)
     total = torch.zeros(len(images), synthetic.spec.num_classes, dtype=torch.float64)
     count = 0
     for teacher in teachers:
         teacher.to(device).eval()
         rows = [
             teacher(synthetic.spec.normalize(part.to(device))).double() / config.temperature
-            for part in images.split(batch_size)
+            for part, _ in images.epoch(batch_size, None)
         ]
         total += torch.cat(rows).softmax(1).cpu()
         count += 1

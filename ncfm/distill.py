@@ -7,7 +7,7 @@ group: each extracts its part of the real batch, the sums over the parts are add
 the same update of the same images. So only sums and psi's gradient cross the network, never images.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -246,9 +246,10 @@ class Distiller:
         """One step on real images: class index -> (N_c, C, H, W) uint8 or float in [0, 1].
 
         The members of a group are given the same batches and each extracts its part of them.
-        Returns per-class sums over this worker's classes (detached, on the device; a member's share
-        of them; of the last inner step), each to be divided by the number of classes once summed
-        over the workers. Raises NonFiniteLossError before that loss changes any image.
+        Returns sums over this worker's classes (detached, on the device; a member's share of them;
+        of the last inner step), each to be divided by the number of classes once summed over the
+        workers: the objective under its own name, `calibration` and `psi_objective`. Raises
+        NonFiniteLossError before that loss changes any image.
         """
         cfg, classes = self.config, list(self.images)
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
@@ -259,12 +260,11 @@ class Distiller:
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
 
-        batches = own_parts([real[c] for c in classes], self.communicator)
         # The features of one real batch serve all inner steps.
-        kept = self._real_features(batches, slice(None), prepare) if cfg.inner_steps > 1 else None
+        kept = self._real_features(real, slice(None), prepare) if cfg.inner_steps > 1 else None
 
         def features(part: slice) -> list[Tensor]:
-            return self._real_features(batches, part, prepare) if kept is None else kept[part]
+            return self._real_features(real, part, prepare) if kept is None else kept[part]
 
         metrics: dict[str, Tensor] = {}
         for inner in range(cfg.inner_steps):
@@ -311,7 +311,7 @@ class Distiller:
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y
         found = [torch.cat(values) for values in (losses, objectives) if values]
-        metrics = {"ncfd": found[0].sum() / members}
+        metrics: dict[str, Tensor] = {cfg.objective: found[0].sum() / members}
         if cfg.calibration:
             metrics["calibration"] = self._calibrate(stored, prepare) / members
         slopes = [p.grad.sum() for p in stored if p.grad is not None]
@@ -396,14 +396,26 @@ class Distiller:
     # ------------------------------------------------------------------ features
 
     @torch.no_grad()
-    def _real_features(self, batches: list[Tensor], part: slice, prepare: Prepare) -> list[Tensor]:
-        """Features (N_c, D) of the real images of some classes."""
+    def _real_features(
+        self, real: Mapping[int, Tensor], part: slice, prepare: Prepare
+    ) -> list[Tensor]:
+        """Features (N_c, D) of the real images of some classes, whose batches are asked for one
+        after the other: not all need to be in memory.
+        """
+        counts = list[int]()
+
+        def batches() -> Iterator[Tensor]:
+            for c in list(self.images)[part]:
+                (batch,) = own_parts([real[c]], self.communicator)
+                counts.append(len(batch))
+                yield batch
+
         none = torch.empty(0, self.pool.model.num_features, dtype=self.dtype, device=self.device)
         features = [none]
-        for images, group in _chunks(batches, part, PREPARED_CHUNKS * self.chunk_size):
+        first = part.indices(len(self.images))[0]
+        for images, group in _chunks(batches(), first, PREPARED_CHUNKS * self.chunk_size):
             inputs = prepare(to_unit(to_device(images, self.device)).to(self.dtype), group)
             features += [self._features(chunk) for chunk in inputs.split(self.pass_size)]
-        counts = [len(batch) for batch in batches[part]]
         return list(self._compared(torch.cat(features)).split(counts))
 
     def _synthetic_inputs(
@@ -414,7 +426,7 @@ class Distiller:
         """
         formed = self.factor**2
         together = max(1, PREPARED_CHUNKS * self.chunk_size // formed)
-        for images, group in _chunks(stored, part, together):
+        for images, group in _chunks(stored[part], part.indices(len(stored))[0], together):
             inputs = prepare(decode(images, self.factor), group.repeat_interleave(formed))
             yield list(inputs.split(self.pass_size))
 
@@ -545,17 +557,17 @@ def _slices(counts: list[int], limit: int) -> list[slice]:
     return slices
 
 
-def _chunks(tensors: list[Tensor], part: slice, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk through some of the tensors as if they were one: up to `size` rows, and the index of the
-    tensor that each row is from.
+def _chunks(tensors: Iterable[Tensor], first: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk through tensors as if they were one: up to `size` rows, and the number of the tensor
+    that each row is from, counted from `first`.
     """
     rows: list[Tensor] = []
     groups: list[Tensor] = []
     room = size
-    for g in range(*part.indices(len(tensors))):
-        start, length = 0, len(tensors[g])
-        while start < length:
-            piece = tensors[g][start : start + room]
+    for g, tensor in enumerate(tensors, first):
+        start = 0
+        while start < len(tensor):
+            piece = tensor[start : start + room]
             rows.append(piece)
             groups.append(torch.full((len(piece),), g))
             start, room = start + len(piece), room - len(piece)

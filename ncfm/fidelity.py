@@ -14,6 +14,13 @@ from ncfm.discrepancy import CF, amplitude_part, ncfd, phase_part
 CHUNK = 2048  # rows whose distances are held at a time
 
 
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean, of all pairs of samples (N, D) and (M, D): (N, M). Exactly 0 for copies, which
+    they are not where they come from matrix products.
+    """
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 class Moments(NamedTuple):
     """Sums of samples and of their products, float64. They add."""
 
@@ -104,7 +111,7 @@ def neighbourhood(real: Tensor, fake: Tensor, k: int = 5) -> Neighbourhood:
     covered = torch.zeros(len(real), dtype=torch.bool)
     for start in range(0, len(real), CHUNK):
         rows = slice(start, start + CHUNK)
-        distances = torch.cdist(real[rows], fake)
+        distances = _distances(real[rows], fake)
         inside = distances <= real_radius[rows, None]
         in_real += inside.sum(0)
         covered[rows] = inside.any(1)
@@ -122,7 +129,7 @@ def kth_distances(x: Tensor, k: int) -> Tensor:
     """Distance of every sample (N, D) to its k-th nearest other, (N,); to the last if N <= k."""
     k = min(k, len(x) - 1)
     rows = [
-        torch.cdist(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values  # itself is first
+        _distances(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values  # itself is first
         for start in range(0, len(x), CHUNK)
     ]
     return torch.cat(rows)
@@ -132,16 +139,14 @@ def intrinsic_dimension(x: Tensor) -> float:
     """Of the manifold near which samples x (N, D) lie: TwoNN's maximum likelihood estimate
     N / sum log(r_2 / r_1), r the distances to the two nearest others (Facco et al., 2017).
 
-    Copies of a sample (r_1 = 0) are left out; nan if fewer than two samples remain.
+    Copies of a sample count once, for the estimate holds for distinct points; nan if fewer than
+    three remain, or if all of them are equally far apart.
     """
-    if len(x) < 3:
+    distinct = x.double().unique(dim=0)
+    if len(distinct) < 3:
         return float("nan")
-    first, second = kth_distances(x.double(), 1), kth_distances(x.double(), 2)
-    apart = first > 0
-    if int(apart.sum()) < 2:
-        return float("nan")
-    ratios = (second[apart] / first[apart]).log()
-    return float(len(ratios) / ratios.sum())
+    total = float((kth_distances(distinct, 2) / kth_distances(distinct, 1)).log().sum())
+    return len(distinct) / total if total > 0 else float("nan")
 
 
 def label_sharpness(x: Tensor, labels: Tensor) -> float:
@@ -153,7 +158,7 @@ def label_sharpness(x: Tensor, labels: Tensor) -> float:
     nearest = torch.inf
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
-        distances = torch.cdist(x[rows], x)
+        distances = _distances(x[rows], x)
         other = labels[rows, None] != labels
         if other.any():
             nearest = min(nearest, float(distances[other].min()))
@@ -181,5 +186,5 @@ class Nearest(NamedTuple):
 
 def nearest(x: Tensor, many: Tensor, first_place: int = 0) -> Nearest:
     """For samples x (M, D) the nearest of `many` (N, D), whose places begin with first_place."""
-    distance, index = torch.cdist(x, many).min(1)
+    distance, index = _distances(x, many).min(1)
     return Nearest(distance, index + first_place)

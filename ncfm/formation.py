@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ncfm.images import to_device
+
 
 def decode(images: Tensor, factor: int) -> Tensor:
     """Cut every stored image into factor x factor tiles, each upsampled bilinearly to full size.
@@ -30,6 +32,28 @@ def decode(images: Tensor, factor: int) -> Tensor:
         for tile in strip.tensor_split(factor, dim=-1)
     ]
     return torch.stack(tiles, dim=1).flatten(0, 1)
+
+
+def decode_tiles(images: Tensor, factor: int, index: Tensor) -> Tensor:
+    """`decode(images, factor)[index]`, decoding these tiles alone; index (M,) is on the CPU."""
+    if factor == 1:
+        return images[to_device(index, images.device)]
+    stored, tile = index // factor**2, index % factor**2
+    made = images.new_empty((len(index), *images.shape[1:]))
+    rows, columns = (
+        [int(part[0]) for part in torch.arange(size).tensor_split(factor)] + [size]
+        for size in images.shape[-2:]
+    )
+    for t in tile.unique().tolist():
+        places = (tile == t).nonzero().flatten()
+        (top, bottom), (left, right) = (
+            (edges[k], edges[k + 1]) for edges, k in ((rows, t // factor), (columns, t % factor))
+        )
+        own = images[to_device(stored[places], images.device), :, top:bottom, left:right]
+        made[to_device(places, images.device)] = interpolate(
+            own, size=images.shape[-2:], mode="bilinear", align_corners=False
+        )
+    return made
 
 
 def encode(images: Tensor, factor: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from upath import UPath
 
-from ncfm.formation import decode, encode
-from ncfm.images import ImageSpec, to_unit
+from ncfm.formation import decode, decode_tiles, encode
+from ncfm.images import ImageSource, ImageSpec, to_unit
 
 FORMAT, VERSION = "ncfm-synthetic", 1
 REQUIRED = ("factor", "channels", "image_size", "mean", "std", "class_names", "sha256")
@@ -72,6 +72,32 @@ class DecodedDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 @dataclass(frozen=True)
+class DecodedImages:
+    """An ImageSource of the decoded images of stored ones (N, C, H, W), which alone are kept; the
+    labels are those of the decoded ones.
+    """
+
+    stored: Tensor
+    labels: Tensor
+    factor: int
+
+    def __len__(self) -> int:
+        return len(self.stored) * self.factor**2
+
+    def epoch(
+        self, batch_size: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ImageSource.epoch."""
+        order = (
+            torch.arange(len(self))
+            if generator is None
+            else torch.randperm(len(self), generator=generator)
+        )
+        for index in order.split(batch_size):
+            yield decode_tiles(self.stored, self.factor, index), self.labels[index]
+
+
+@dataclass(frozen=True)
 class SyntheticSet:
     """Images as stored, (N, C, H, W) float32 in [0, 1], labels (N,), and how to use them."""
 
@@ -103,7 +129,28 @@ class SyntheticSet:
         """All images at full size, (N * factor^2, C, H, W) in [0, 1], and their labels (paper:
         multi-formation).
         """
-        return decode(self.images, self.factor), self.labels.repeat_interleave(self.factor**2)
+        return decode(self.images, self.factor), self._labels(soft=False)
+
+    def of_classes(self, classes: Iterable[int]) -> "SyntheticSet":
+        """The images of some classes; labels stay as they are."""
+        own = torch.isin(self.labels, torch.tensor(list(classes)))
+        soft = self.soft_labels
+        if soft is not None:
+            soft = soft[own.repeat_interleave(self.factor**2)]
+        return replace(self, images=self.images[own], labels=self.labels[own], soft_labels=soft)
+
+    def source(self, *, soft: bool = False, device: torch.device | str = "cpu") -> ImageSource:
+        """The decoded images as an ImageSource that decodes a batch at a time, on that device;
+        `soft` as in `dataset`.
+        """
+        return DecodedImages(self.images.to(device), self._labels(soft), self.factor)
+
+    def _labels(self, soft: bool) -> Tensor:
+        if not soft:
+            return self.labels.repeat_interleave(self.factor**2)
+        if self.soft_labels is None:
+            raise ValueError("this synthetic set has no soft labels; ncfm.curation makes them")
+        return self.soft_labels
 
     def dataset(
         self, transform: Callable[[Tensor], Tensor] | None = None, *, soft: bool = False
@@ -112,12 +159,8 @@ class SyntheticSet:
         W) in [0, 1]. With `soft`, a label is a distribution (classes,), as cross_entropy takes it;
         ValueError if the set has none.
         """
-        images, labels = self.decode()
-        if soft and self.soft_labels is None:
-            raise ValueError("this synthetic set has no soft labels; ncfm.curation makes them")
-        return DecodedDataset(
-            images, self.soft_labels if soft and self.soft_labels is not None else labels, transform
-        )
+        labels = self._labels(soft)
+        return DecodedDataset(decode(self.images, self.factor), labels, transform)
 
     def save(self, directory: str | Path | UPath) -> None:
         """Write synthetic.safetensors and, last, manifest.json; makes the directory.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +37,16 @@ from ncfm.images import to_unit
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_generator
 from pipeline.audit_config import AuditConfig
+from pipeline.data.batches import ClassBatches
+from pipeline.data.store import Store
 from pipeline.pretrain import load_member, new_network
 from pipeline.preview import png, to_pixels
 from pipeline.shard import quieten_ray_data
 from pipeline.stage import Manifest, peak_rss_bytes, write_atomic
-from pipeline.stream import ClassStreams, ShardSet
 from pipeline.workers import Workers
 
+AUDIT_VERSION = 2
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
 SETS = ("distilled", "random", "random_same_factor", "held_out", "noise")
 BATCH = 256  # images through an extractor at a time
 PIXELS = 32  # px to which images are shrunk before pixels are compared
@@ -70,14 +73,12 @@ MEASURES: dict[str, str | None] = {
 class AuditJob:
     """What is compared, and by which extractors."""
 
-    shards: UPath
-    shard_manifest: Manifest
+    store: Store
     distilled: UPath
     extractors: tuple[tuple[ModelConfig, UPath], ...]  # network, the pool that holds it
     config: AuditConfig
     ipc: int
     factor: int
-    memory_budget: int
     seed: int
 
     def sets(self) -> Iterator[tuple[str, int, Tensor, Tensor]]:
@@ -86,12 +87,11 @@ class AuditJob:
         """
         synthetic = load(self.distilled)
         yield "distilled", 0, *synthetic.decode()
-        shards = ShardSet(self.shards, self.shard_manifest)
-        spec, each = shards.spec, self.ipc * self.factor**2
+        spec, each = self.store.spec, self.ipc * self.factor**2
         classes = range(spec.num_classes)
-        train = ClassStreams(shards, classes, self.memory_budget, self.seed)
-        val = ClassStreams(shards, classes, self.memory_budget, self.seed, split="val")
-        counts = shards.counts("val")
+        train = ClassBatches(self.store, classes, self.seed)
+        val = ClassBatches(self.store, classes, self.seed, split="val")
+        counts = self.store.counts("val")
         for draw in range(self.config.draws):
             random = [train.batch(c, draw, each, purpose="audit_random") for c in classes]
             yield "random", draw, *_labelled([to_unit(images) for images in random])
@@ -126,8 +126,7 @@ class Extractors:
     """The networks of an audit, with their frequencies and projections."""
 
     def __init__(self, job: AuditJob, device: str) -> None:
-        self.job, self.spec = job, ShardSet(job.shards, job.shard_manifest).spec
-        self.device = device
+        self.job, self.spec, self.device = job, job.store.spec, device
         self.networks, self.frequencies, self.projections = [], [], []
         for place, (model, pool) in enumerate(job.extractors):
             network = new_network(model, self.spec, seed=0)  # its weights are the pool's
@@ -201,16 +200,38 @@ def unpack(data: bytes) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in load_tensors(data).items()}
 
 
+class Piece(NamedTuple):
+    """The images of one shard: a part of its class."""
+
+    label: int
+    start: int
+    size: int
+
+    def images(self, store: Store) -> Tensor:
+        """(N, C, H, W) uint8, in memory when they are read."""
+        whole = store.images("train", [self.label])[self.label]
+        return whole[self.start : self.start + self.size]
+
+
+def train_pieces(store: Store) -> list[Piece]:
+    """The train images, shard by shard."""
+    pieces, ends = list[Piece](), [0] * store.spec.num_classes
+    for entry in store.manifest["splits"]["train"]["shards"]:
+        label, count = entry["class"], entry["count"]
+        pieces.append(Piece(label, ends[label], count))
+        ends[label] += count
+    return pieces
+
+
 class ShardPass:
     """Ray Data's worker: what one shard of real images adds."""
 
     def __init__(self, job: AuditJob, sets: UPath, device: str) -> None:
         self.job, self.extractors = job, Extractors(job, device)
-        self.shards = ShardSet(job.shards, job.shard_manifest)
         tensors = unpack(sets.read_bytes())
         self.pixels = {key: value for key, value in tensors.items() if key.endswith("/pixels")}
-        readers = self.shards.readers("train")
-        self.starts = list(accumulate((reader.count for reader in readers), initial=0))
+        self.pieces = train_pieces(job.store)
+        self.starts = list(accumulate((piece.size for piece in self.pieces), initial=0))
         generator = keyed_generator(job.seed, "audit_samples")
         chosen = torch.randperm(self.starts[-1], generator=generator)[: job.config.samples]
         self.sampled = torch.zeros(self.starts[-1], dtype=torch.bool)
@@ -219,17 +240,16 @@ class ShardPass:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """{"shard": [place]} -> {"shard", "data": safetensors}."""
         (place,) = batch["shard"].tolist()
-        reader = self.shards.readers("train")[place]
-        start = self.starts[place]
-        images = reader.read(range(reader.count))
-        labels = torch.full((reader.count,), reader.label)
-        sampled = self.sampled[start : start + reader.count]
+        piece, start = self.pieces[place], self.starts[place]
+        images = piece.images(self.job.store)
+        labels = torch.full((piece.size,), piece.label)
+        sampled = self.sampled[start : start + piece.size]
         tensors: dict[str, Tensor] = {}
         for e in range(len(self.job.extractors)):
             found = self.extractors.measure(images, labels, e)
             features = found.pop("features")
             moments = Moments.of(features)
-            tensors |= {f"{e}/{key}": value[reader.label] for key, value in found.items()}
+            tensors |= {f"{e}/{key}": value[piece.label] for key, value in found.items()}
             tensors[f"{e}/total"], tensors[f"{e}/products"] = moments.total, moments.products
             tensors[f"{e}/sample"] = features[sampled]
         real = shrunk(images)
@@ -259,32 +279,31 @@ def pass_over_shards(job: AuditJob, sets: UPath, workers: Workers) -> list[dict[
     import ray
 
     quieten_ray_data()
-    readers = _train_readers(job)
-    rows = ray.data.from_items([{"shard": place} for place in range(len(readers))]).map_batches(
+    count = len(train_pieces(job.store))
+    rows = ray.data.from_items([{"shard": place} for place in range(count)]).map_batches(
         ShardPass,
         fn_constructor_kwargs={"job": job, "sets": sets, "device": workers.device},
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(workers.count, len(readers))),
+        compute=ray.data.ActorPoolStrategy(size=min(workers.count, count)),
         num_gpus=1 if workers.use_gpu else 0,
     )
     found = {int(row["shard"]): unpack(row["data"]) for row in rows.iter_rows()}
-    return [found[place] for place in range(len(readers))]
+    return [found[place] for place in range(count)]
 
 
 def real_side(job: AuditJob, parts: Sequence[Mapping[str, Tensor]]) -> RealSide:
     """The parts of all shards, added up in their order."""
-    shards = ShardSet(job.shards, job.shard_manifest)
-    readers = shards.readers("train")
+    pieces = train_pieces(job.store)
     count = len(job.extractors)
     zero = torch.zeros((), dtype=torch.float64)
-    cf = [[CFSums(zero, zero, zero)] * shards.spec.num_classes for _ in range(count)]
+    cf = [[CFSums(zero, zero, zero)] * job.store.spec.num_classes for _ in range(count)]
     moments: list[Moments] = []
     for e in range(count):
         total = Moments(0, zero, zero)
-        for reader, part in zip(readers, parts, strict=True):
+        for piece, part in zip(pieces, parts, strict=True):
             mine = CFSums(part[f"{e}/cos"], part[f"{e}/sin"], part[f"{e}/size"])
-            cf[e][reader.label] = cf[e][reader.label] + mine
-            total = total.plus(Moments(reader.count, part[f"{e}/total"], part[f"{e}/products"]))
+            cf[e][piece.label] = cf[e][piece.label] + mine
+            total = total.plus(Moments(piece.size, part[f"{e}/total"], part[f"{e}/products"]))
         moments.append(total)
     near: dict[str, Nearest] = {}
     for part in parts:
@@ -351,14 +370,10 @@ def summarise(job: AuditJob, sets: Mapping[str, Tensor], real: RealSide) -> Mani
             for extractor, found in per_class.items()
         },
         "images": {key.partition("/")[0]: len(sets[f"{key}/labels"]) for key in sorted(keys)},
-        "real_images": sum(reader.count for reader in _train_readers(job)),
+        "real_images": sum(job.store.counts("train")),
         "sampled": len(real.labels),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-
-
-def _train_readers(job: AuditJob) -> list[Any]:
-    return ShardSet(job.shards, job.shard_manifest).readers("train")
 
 
 def _row(measure: str, extractor: str, name: str, drawn: Sequence[float]) -> dict[str, Any]:
@@ -411,13 +426,13 @@ def _write_pairs(job: AuditJob, near: Nearest, directory: UPath) -> None:
     """nearest.png: the synthetic images that are nearest to a real one, above that one."""
     images, _ = load(job.distilled).decode()
     order = near.distance.argsort(stable=True)[:PAIRS].tolist()
-    readers = _train_readers(job)
-    starts = list(accumulate((reader.count for reader in readers), initial=0))
+    pieces = train_pieces(job.store)
+    starts = list(accumulate((piece.size for piece in pieces), initial=0))
     columns = []
     for m in order:
         index = int(near.place[m])
-        place = next(p for p in range(len(readers)) if index < starts[p + 1])
-        real = to_unit(readers[place].read([index - starts[place]]))[0]
+        place = next(p for p in range(len(pieces)) if index < starts[p + 1])
+        real = to_unit(pieces[place].images(job.store)[index - starts[place]])
         columns.append(torch.cat([images[m], real], dim=1))
     write_atomic(directory / "nearest.png", png(to_pixels(torch.cat(columns, dim=2))))
     distances = [float(near.distance[m]) for m in order]

@@ -12,8 +12,9 @@ and the metrics, a few numbers of 8 bytes and one for each worker, every `log_ev
 off and no class shared, nothing else crosses at all. Images never do.
 """
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -74,6 +75,30 @@ class Collectives:
             dist.all_gather_object(values, value, group=self._control_all)
         return values
 
+    def agree(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """The state with every value as the lowest rank that has it holds it, and which ranks held
+        another: {key: ranks}, the same for all workers.
+
+        Workers that hold the same value compute it each. On unlike processors, or where a GPU's
+        kernels add in no fixed order, their results may drift apart. What is compared are hashes:
+        only values that differ are sent.
+        """
+        hashes = self.gather({key: _sha256(value) for key, value in state.items()})
+        owners: dict[str, int] = {}
+        for rank, theirs in enumerate(hashes):
+            for key in theirs:
+                owners.setdefault(key, rank)
+        drifted: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(hashes):
+            for key, value in theirs.items():
+                if value != hashes[owners[key]][key]:
+                    drifted.setdefault(key, []).append(rank)
+        if not drifted:
+            return dict(state), {}
+        sent = self.gather({k: state[k] for k in drifted if owners[k] == self.context.rank})
+        right = {key: value for theirs in sent for key, value in theirs.items() if key in state}
+        return {**state, **right}, drifted
+
     def _sum(self, tensor: Tensor, size: int, group: Any, control: Any) -> Tensor:
         if size == 1:
             return tensor
@@ -94,6 +119,10 @@ class Collectives:
         except RuntimeError as error:  # it names the ranks
             return CollectiveError(f"{what}, and not all are there: {error}")
         return CollectiveError(f"{what}, though all workers are there")
+
+
+def _sha256(value: Tensor) -> str:
+    return hashlib.sha256(value.contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 def predicted_bytes(

@@ -2,6 +2,7 @@
 them.
 """
 
+import functools
 import json
 import re
 import sys
@@ -24,16 +25,16 @@ from ncfm.synthetic import SyntheticConfig
 from ncfm.train import TrainConfig
 from pipeline.audit_config import AuditConfig
 from pipeline.continual import ContinualConfig
+from pipeline.data.shards import ShardConfig
 from pipeline.export_config import ExportConfig
 from pipeline.protocols import EvaluateConfig, settings
 from pipeline.search_proxy import SearchProxyConfig
-from pipeline.shard import ShardConfig
 from pipeline.sources import SourceConfig
 from pipeline.tuning.search_space import TuneConfig
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
-EXTRA_STAGES = ("tune", "plan", "audit", "continual", "search-proxy", "export")  # when named
+EXTRA_STAGES = ("tune", "plan", "audit", "continual", "search-proxy", "export", "clean")  # if named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +56,6 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """How workers hold real images."""
-
-    memory_budget_mib: int = 2048
-    """Decoded images (uint8) that the workers of a stage hold together, in MiB."""
-
-    def __post_init__(self) -> None:
-        if self.memory_budget_mib < 1:
-            raise ValueError(f"memory_budget_mib must be at least 1, got {self.memory_budget_mib}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How long stages run on a cluster."""
 
@@ -83,6 +72,10 @@ class RuntimeConfig:
     """How long workers wait for each other before they fail and name the one that did not come."""
     straggler_factor: float = 2.0
     """A worker this many times slower than the others is named in the log."""
+    local_directory: str | None = None
+    """Where a node keeps the decoded real images; $NAMES in it are the node's environment
+    variables. Default: beside the shards, or below $TMPDIR if they are not on the node's own disk.
+    """
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoints_kept"):
@@ -149,7 +142,6 @@ class RunConfig:
     """Whether workers take a GPU each; default: if the cluster has any."""
     source: SourceConfig = field(default_factory=SourceConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
-    stream: StreamConfig = field(default_factory=StreamConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network of the pool and of the evaluation."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -291,7 +283,7 @@ def changed_command(toml: str, values: Mapping[str, object]) -> Command:
     """A resolved configuration with some dotted options changed, checked as if they had been given
     on the command line. Raises UsageError.
     """
-    parser = _parser([])
+    parser = _plain_parser()
     namespace = check_types(toml, values)
     return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
 
@@ -305,8 +297,14 @@ def check_types(toml: str, values: Mapping[str, object]) -> Namespace:
         for group in groups:
             inner = inner.setdefault(group, {})
         inner[name] = value
-    namespace: Namespace = _parser([]).parse_object(tree)
+    namespace: Namespace = _plain_parser().parse_object(tree)
     return namespace
+
+
+@functools.cache
+def _plain_parser() -> ArgumentParser:
+    """A parser without a default preset, made once: it takes a second, and a search needs many."""
+    return _parser([])
 
 
 def _parser(defaults: list[Path]) -> ArgumentParser:
@@ -335,6 +333,11 @@ class _Parser(ArgumentParser):
         line = " ".join(message.split())
         line = re.sub(r"<class '(\w+)'>", r"\1", line.replace("<class 'NoneType'>", "nothing"))
         line = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", line)
+        if re.search(r"(?<![.\w])stream['\".]", line):
+            line = (
+                "the options stream.* are gone: real images are read from a store on disk, which "
+                "needs no budget of memory; remove them (runtime.local_directory says where it is)"
+            )
         union = r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"
         line = re.sub(union, r"Expected \1. Got value: \2", line)
         line = line.replace(", nothing.", " or nothing.")

@@ -14,6 +14,9 @@ import torch
 
 from ncfm.seeding import keyed_generator
 
+CONTINUAL_VERSION = 1
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContinualConfig:

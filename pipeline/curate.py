@@ -16,6 +16,9 @@ from pipeline.pretrain import load_member, new_network
 from pipeline.stage import Manifest, peak_rss_bytes
 from pipeline.workers import Workers
 
+CURATE_VERSION = 1
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurateJob:

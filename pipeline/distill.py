@@ -13,10 +13,12 @@ from pipeline.distill_loop import DistillJob, distill_loop
 from pipeline.health import FATAL, fatal_error
 from pipeline.preview import preview_png
 from pipeline.stage import Manifest, StageError, write_atomic
-from pipeline.stream import ShardSet
 from pipeline.workers import Workers, fit
 
 __all__ = ["DistillJob", "distill", "write_set"]
+
+DISTILL_VERSION = 2
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
 
 
 def distill(
@@ -36,13 +38,11 @@ def distill(
         raise RuntimeError(
             f"the workers ended without a first and a final checkpoint in {job.checkpoints}"
         )
-    shards = ShardSet(job.shards, job.shard_manifest)
+    spec = job.store.spec
     for name, state in (("initial", initial), ("distilled", final)):
-        images = [state[f"class/{c}/images"].float() for c in range(shards.spec.num_classes)]
-        labels = torch.arange(shards.spec.num_classes).repeat_interleave(job.ipc)
-        result = SyntheticSet(
-            torch.cat(images), labels, job.synthetic.factor, shards.spec, provenance
-        )
+        images = [state[f"class/{c}/images"].float() for c in range(spec.num_classes)]
+        labels = torch.arange(spec.num_classes).repeat_interleave(job.ipc)
+        result = SyntheticSet(torch.cat(images), labels, job.synthetic.factor, spec, provenance)
         write_set(run_directory / name, result)
     return {
         "steps": job.distill.num_steps,

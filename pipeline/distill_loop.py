@@ -24,13 +24,14 @@ from ncfm.synthetic import SyntheticConfig, initial_images
 from pipeline.assignment import ClassCost, assign
 from pipeline.checkpoint import CheckpointWriter, load_checkpoint
 from pipeline.collectives import Collectives
-from pipeline.config import RuntimeConfig, StreamConfig
+from pipeline.config import RuntimeConfig
+from pipeline.data.batches import ClassBatches, warn_of_small_classes
+from pipeline.data.store import Store
 from pipeline.health import fatal_error, record_fatal, stragglers
 from pipeline.pretrain import load_members, new_network
 from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.snapshots import snapshot_steps, write_snapshot
-from pipeline.stage import Manifest, peak_rss_bytes
-from pipeline.stream import ClassStreams, ShardSet
+from pipeline.stage import peak_rss_bytes
 from pipeline.tracking import TrackedRun, Trackers
 from pipeline.workers import current_context
 
@@ -41,8 +42,7 @@ logger = logging.getLogger(__name__)
 class DistillJob:
     """What a worker needs to distil its classes."""
 
-    shards: UPath
-    shard_manifest: Manifest
+    store: Store
     pool: UPath
     networks: int
     checkpoints: UPath
@@ -52,7 +52,6 @@ class DistillJob:
     distill: DistillConfig
     frequencies: FrequencyConfig
     augment: AugmentConfig
-    stream: StreamConfig
     runtime: RuntimeConfig
     ipc: int
     seed: int
@@ -65,11 +64,10 @@ class DistillJob:
 
     def costs(self) -> list[ClassCost]:
         """What each class costs in a step."""
-        counts = self.shard_manifest["splits"]["train"]["counts"]
         synthetic, calibrated = self.ipc * self.synthetic.factor**2, self.distill.calibration > 0
         return [
             ClassCost.of(min(n, self.distill.real_batch), synthetic, calibrated=calibrated)
-            for n in counts
+            for n in self.store.counts("train")
         ]
 
 
@@ -91,21 +89,18 @@ class Loop:
 
     def __init__(self, job: DistillJob, device: str) -> None:
         self.job, self.context, self.costs = job, current_context(device), job.costs()
-        shards = ShardSet(job.shards, job.shard_manifest)
-        self.class_names = shards.spec.class_names
+        spec = job.store.spec
+        self.class_names = spec.class_names
         self.groups = assign(self.costs, self.context.world_size)
         self.collectives = Collectives(
             self.context, self.groups, timeout_s=job.runtime.collective_timeout_s
         )
         self.group = next(group for group in self.groups if self.context.rank in group.ranks)
-        budget = job.stream.memory_budget_mib * 2**20
-        self.streams = ClassStreams(
-            shards,
-            self.group.classes,
-            memory_budget_bytes=budget,
-            seed=job.seed,
-            device=self.context.device,
+        self.real = ClassBatches(
+            job.store, self.group.classes, job.seed, device=self.context.device
         )
+        if self.context.rank == 0:
+            warn_of_small_classes(job.store.counts("train"), job.distill.real_batch)
         about = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
         self.hosts = [host for _, host in about]
         self.writer = CheckpointWriter(
@@ -118,23 +113,21 @@ class Loop:
         )
         state = self._restore()
         images = {
-            c: _initial_images(job, self.streams, c)
-            if state is None
-            else state[f"class/{c}/images"]
+            c: _initial_images(job, self.real, c) if state is None else state[f"class/{c}/images"]
             for c in self.group.classes
         }
-        network = new_network(job.model, shards.spec, seed=0)  # its weights are the pool's
+        network = new_network(job.model, spec, seed=0)  # its weights are the pool's
         members = load_members(job.pool, job.networks)
         self.distiller = Distiller(
             images,
             factor=job.synthetic.factor,
-            spec=shards.spec,
+            spec=spec,
             pool=ExtractorPool(network, members, device=self.context.device),
             seed=job.seed,
             config=job.distill,
             frequencies=job.frequencies,
             augment=job.augment,
-            num_classes=shards.spec.num_classes,
+            num_classes=spec.num_classes,
             device=self.context.device,
             communicator=self.collectives,
         )
@@ -173,8 +166,7 @@ class Loop:
             self._snapshot()
         self._start_interval()
         while distiller.step < job.distill.num_steps:
-            size, step = job.distill.real_batch, distiller.step
-            real = {c: self.streams.batch(c, step, size) for c in distiller.images}
+            real = self.real.step(distiller.step, job.distill.real_batch)
             for name, value in distiller.update(real).items():
                 self.sums[name] = self.sums.get(name, 0) + value
             if distiller.step in shown:
@@ -245,9 +237,27 @@ class Loop:
                 step, slow, self.hosts[slow], ratio,
             )  # fmt: skip
 
+    def _warn(self, drifted: dict[str, list[int]]) -> None:
+        if self.context.rank == 0:
+            ranks = sorted({rank for found in drifted.values() for rank in found})
+            logger.warning(
+                "step %d: workers %s on %s computed other values of %s than the first worker that "
+                "holds these; its values are used from here on. Unlike processors or software do "
+                "this, and so do kernels of a GPU that add in no fixed order",
+                self.distiller.step,
+                ", ".join(map(str, ranks)),
+                ", ".join(dict.fromkeys(self.hosts[rank] for rank in ranks)),
+                ", ".join(sorted(drifted)),
+            )
+
     def _save(self) -> None:
-        """Begin a checkpoint: what is taken now is written in the background."""
-        state = self.distiller.state_dict()
+        """Begin a checkpoint: what is taken now is written in the background. Before, workers that
+        share classes agree on the state (`Collectives.agree`), so that no drift outlives it.
+        """
+        state, drifted = self.collectives.agree(self.distiller.state_dict())
+        if drifted:
+            self.distiller.load_state_dict(state)
+            self._warn(drifted)
         if self._is_last():
             peaks = self.collectives.gather(peak_rss_bytes())
             state["peak_rss_bytes"] = torch.tensor(max(peaks))
@@ -257,9 +267,9 @@ class Loop:
         self.saved_at = time.monotonic()
 
 
-def _initial_images(job: DistillJob, streams: ClassStreams, class_index: int) -> Tensor:
+def _initial_images(job: DistillJob, batches: ClassBatches, class_index: int) -> Tensor:
     needed = job.synthetic.real_images_needed(job.ipc)
-    real = streams.batch(class_index, 0, needed, purpose="init")
+    real = batches.batch(class_index, 0, needed, purpose="init")
     return initial_images(
         real, job.ipc, job.synthetic, keyed_generator(job.seed, "init_noise", class_index)
     )

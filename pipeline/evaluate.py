@@ -18,18 +18,20 @@ from upath import UPath
 
 from ncfm import load
 from ncfm.baselines import herding_set, random_set
-from ncfm.curation import CurateConfig, soft_labels
+from ncfm.curation import CurateConfig
+from ncfm.curation import curate as add_soft_labels
 from ncfm.evaluate import confidence_interval, judge, ranking_measures
-from ncfm.images import ImageSource, InMemoryImages, Relabelled
+from ncfm.images import ImageSource, Relabelled
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
 from pipeline.curate import pool_networks
+from pipeline.data.batches import ClassBatches, StoredImages
+from pipeline.data.store import Store
 from pipeline.pretrain import load_member, new_network
 from pipeline.progress import Progress
 from pipeline.stage import Manifest, fingerprint, peak_rss_bytes, read_json, write_atomic
-from pipeline.stream import ClassStreams, ShardSet, StreamedImages
 from pipeline.workers import Workers
 
 SetName = Literal[
@@ -42,6 +44,8 @@ SetName = Literal[
     "whole",
 ]
 
+EVALUATE_VERSION = 2
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
 MOST_THREADS = 4  # of a network: batches of 128 are trained in four parts
 CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 
@@ -53,8 +57,7 @@ class EvaluationTask:
     set: SetName
     repeat: int
     identity: str  # fingerprint of the set's content
-    shards: UPath
-    shard_manifest: Manifest
+    store: Store
     distilled: UPath  # with soft labels for the set distilled_soft
     pool: UPath
     pool_model: ModelConfig
@@ -67,7 +70,6 @@ class EvaluationTask:
     classes: tuple[int, ...] | None = None  # learned and tested on these, as 0, 1, ...; None: all
     ipc: int
     factor: int
-    memory_budget: int
     seed: int
 
     @property
@@ -77,7 +79,7 @@ class EvaluationTask:
 
     def result_path(self, cache: UPath) -> UPath:
         """Where the result of exactly this network is kept."""
-        parts: list[object] = [self.set, self.repeat, self.identity]
+        parts: list[object] = [EVALUATE_VERSION, self.set, self.repeat, self.identity]
         parts += [self.model, self.training, self.seed]
         if self.is_soft:
             parts.append(self.hard_epochs)
@@ -87,39 +89,34 @@ class EvaluationTask:
             parts.append(list(self.classes))
         return cache / f"{fingerprint(*parts)}.json"
 
-    def training_set(self, shards: ShardSet, device: str) -> ImageSource:
+    def training_set(self, device: str) -> ImageSource:
         """The images that the network learns from, labels as in the whole set."""
-        classes = self.classes or tuple(range(shards.spec.num_classes))
+        spec = self.store.spec
+        classes = self.classes or tuple(range(spec.num_classes))
         if self.set == "whole":
-            return StreamedImages(shards, "train", self.memory_budget, classes=classes)
+            return StoredImages(self.store, "train", classes)
         if self.set in ("distilled", "distilled_soft"):
-            synthetic = load(self.distilled)
-            images, labels = synthetic.decode()
-            own = torch.isin(labels, torch.tensor(classes))
-            if self.set == "distilled_soft":
-                assert synthetic.soft_labels is not None
-                labels = synthetic.soft_labels
-            return InMemoryImages(images[own], labels[own])
-        if self.set == "herding":
-            return self._herding(shards, classes, device)
-        made = self.random_images(shards, classes)
-        images, labels = made.decode()
+            made = load(self.distilled).of_classes(classes)
+        elif self.set == "herding":
+            made = self._herding(classes, device)
+        else:
+            made = self.random_images(classes)
         if self.set == "random_soft":
-            networks = min(self.curate.networks, self.networks)
-            teachers = pool_networks(self.pool, networks, self.pool_model, shards.spec)
-            labels = soft_labels(made, teachers, self.curate, device=device)
-        return InMemoryImages(images, labels)
+            count = min(self.curate.networks, self.networks)
+            teachers = pool_networks(self.pool, count, self.pool_model, spec)
+            made = add_soft_labels(made, teachers, self.curate, device=device)
+        return made.source(soft=self.is_soft, device=device)
 
-    def random_images(self, shards: ShardSet, classes: Sequence[int]) -> SyntheticSet:
+    def random_images(self, classes: Sequence[int]) -> SyntheticSet:
         """Random real images, stored as the synthetic ones are. Another draw in every repeat: the
         spread of the baseline is that of its choice, too.
         """
         factor = self.factor if self.set == "random_same_factor" else 1
-        streams = ClassStreams(shards, classes, self.memory_budget, self.seed)
+        real = ClassBatches(self.store, classes, self.seed)
         purpose = "random" if self.set == "random_soft" else self.set
         images = [
             random_set(
-                streams.batch(c, self.repeat, self.ipc * factor**2, purpose=purpose),
+                real.batch(c, self.repeat, self.ipc * factor**2, purpose=purpose),
                 self.ipc,
                 seed=self.seed,
                 class_index=c,
@@ -128,33 +125,32 @@ class EvaluationTask:
             for c in classes
         ]
         labels = torch.tensor(classes).repeat_interleave(self.ipc)
-        return SyntheticSet(torch.cat(images), labels, factor, shards.spec)
+        return SyntheticSet(torch.cat(images), labels, factor, self.store.spec)
 
-    def _herding(self, shards: ShardSet, classes: Sequence[int], device: str) -> ImageSource:
+    def _herding(self, classes: Sequence[int], device: str) -> SyntheticSet:
         """Real images that herding chooses; each repeat by the features of another network."""
-        network = new_network(self.pool_model, shards.spec, seed=0)  # its weights are the pool's
+        spec = self.store.spec
+        network = new_network(self.pool_model, spec, seed=0)  # its weights are the pool's
         _, trained = load_member(self.pool, self.repeat % self.networks)
         network.load_state_dict(trained)
         chosen = [
             herding_set(
-                StreamedImages(shards, "train", self.memory_budget, classes=[c]),
+                StoredImages(self.store, "train", [c]),
                 self.ipc,
                 network,
-                shards.spec,
+                spec,
                 device=device,
             )
             for c in classes
         ]
-        return InMemoryImages(torch.cat(chosen), torch.tensor(classes).repeat_interleave(self.ipc))
+        labels = torch.tensor(classes).repeat_interleave(self.ipc)
+        return SyntheticSet(torch.cat(chosen), labels, 1, spec)
 
     def run(self, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         """Train and test; runs inside a Ray task. The threads make no difference to the result."""
         torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
-        shards = ShardSet(self.shards, self.shard_manifest)
-        spec, train_on = shards.spec, self.training_set(shards, device)
-        test_on: ImageSource = StreamedImages(
-            shards, "val", self.memory_budget, classes=self.classes
-        )
+        spec, train_on = self.store.spec, self.training_set(device)
+        test_on: ImageSource = StoredImages(self.store, "val", self.classes)
         if self.classes is not None:
             spec = dataclasses.replace(
                 spec, class_names=tuple(spec.class_names[c] for c in self.classes)
@@ -169,7 +165,7 @@ class EvaluationTask:
             training=self.training,
             seed=keyed_seed(self.seed, "evaluate", self.repeat),
             device=device,
-            tail=tail.training_set(shards, device) if tail else None,
+            tail=tail.training_set(device) if tail else None,
             tail_epochs=self.hard_epochs,
             legacy_every=self.legacy_every,
             threads=threads,

@@ -13,14 +13,12 @@ import torch
 from pipeline.assignment import ClassCost, assign, most_workers
 from pipeline.collectives import predicted_bytes
 from pipeline.config import RunConfig, UsageError
+from pipeline.data.shards import TAR_OVERHEAD, encode, square
 from pipeline.pretrain import new_network
 from pipeline.probe import Answer, Request, image_spec, run_probes
 from pipeline.reporting.tables import duration, memory
-from pipeline.shard import plan as shard_plan
-from pipeline.shard_writer import encode, square, tar_bytes
 from pipeline.sources import SPLITS, Source
 from pipeline.stage import StageError
-from pipeline.stream import pool_sizes
 
 ENCODED = 128
 """Images of the source that are encoded to learn their size."""
@@ -58,9 +56,10 @@ class Plan:
 
     images: int
     shard_bytes: int
+    store_bytes: int  # on every node, at most: of the classes that its workers need
     workers: int
     use_gpu: bool
-    memory: int  # a worker that distils
+    memory: int  # a worker that distils, without the pages of the store: the kernel's cache
     gpu_memory: int | None  # without pools, up to GPU_SHARE of what is free; None: no GPU
     network_bytes: int  # a step, all workers together, without metrics
     step_s: float
@@ -105,20 +104,19 @@ def make_plan(config: RunConfig, source: Source, toml: str) -> Plan:
         count=min(workers, here),
     )
     slowest = max(answers, key=lambda answer: answer.step_s)
-    size = config.shard.channels * config.shard.image_size**2
-    held = pool_sizes(counts, config.stream.memory_budget_mib * 2**20 // size)
-    pool_bytes = size * max(sum(held[c] for c in group.classes) for group in groups)
     passes = max(group.cost(costs) for group in groups)
     step_s, step_source = _step_time(config, slowest, passes)
     spec = image_spec(config, len(counts))
     trained = config.pretrain.networks * config.pretrain.training.epochs * sum(counts)
     speed = step_s / slowest.step_s  # of another machine, by the same ratio as the steps
+    images = sum(len(source.samples(split)) for split in SPLITS)
     return Plan(
-        images=sum(len(source.samples(split)) for split in SPLITS),
+        images=images,
+        store_bytes=images * config.shard.channels * config.shard.image_size**2,
         shard_bytes=shard_bytes(config, source),
         workers=workers,
         use_gpu=use_gpu,
-        memory=max(answer.memory for answer in answers) + pool_bytes,
+        memory=max(answer.memory for answer in answers),
         gpu_memory=(slowest.gpu_memory or slowest.working) if use_gpu else None,
         network_bytes=predicted_bytes(
             groups,
@@ -157,7 +155,7 @@ def _evaluated(config: RunConfig, counts: list[int]) -> int:
     stored = config.ipc * len(counts)
     decoded = stored * config.synthetic.factor**2
     each = 2 * decoded + stored  # distilled, same-factor random, random
-    each += stored * config.evaluate.herding + decoded * config.curate.soft_labels
+    each += stored * ("herding" in config.evaluate.sets) + decoded * config.curate.soft_labels
     whole = config.evaluate.whole_epochs * sum(counts)
     return config.evaluate.repeats * (config.evaluate.training.epochs * each + whole)
 
@@ -175,11 +173,10 @@ def shard_bytes(config: RunConfig, source: Source) -> int:
         except OSError:
             continue  # the shard stage will list it
         small = square(image, config.shard.image_size, config.shard.channels)
-        sizes.append(tar_bytes(len(encode(small, config.shard))))
+        sizes.append(TAR_OVERHEAD + len(encode(small, config.shard)))
     if not sizes:
         raise StageError(f"none of {ENCODED} images of the source can be read")
-    ends = len(shard_plan(source, config.shard.samples_per_shard)) * tar_bytes(0)
-    return round(sum(sizes) / len(sizes) * len(samples)) + ends
+    return round(sum(sizes) / len(sizes) * len(samples))
 
 
 def told(plan: Plan, config: RunConfig) -> str:
@@ -188,6 +185,7 @@ def told(plan: Plan, config: RunConfig) -> str:
     kind = "GPU" if plan.use_gpu else "CPU"
     lines = [
         ("shards on disk", f"{memory(plan.shard_bytes)} ({plan.images} images)"),
+        ("decoded images on disk", f"{memory(plan.store_bytes)} on every node, at most"),
         ("workers", f"{plan.workers}, a {kind} each"),
         ("memory per worker", memory(plan.memory)),
         ("GPU memory per worker", memory(plan.gpu_memory) if plan.use_gpu else "none"),

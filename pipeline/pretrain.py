@@ -18,27 +18,29 @@ from ncfm.images import ImageSpec
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from ncfm.train import EpochReport, train
-from pipeline.config import PretrainConfig, StreamConfig
+from pipeline.config import PretrainConfig
+from pipeline.data.batches import StoredImages
+from pipeline.data.store import Store
 from pipeline.progress import Progress, append_rows
 from pipeline.stage import Manifest, peak_rss_bytes, write_atomic
-from pipeline.stream import ShardSet, StreamedImages
 from pipeline.workers import Workers, current_context, fit
 
 logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
+PRETRAIN_VERSION = 2
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:
     """What a worker needs to train its members of the pool."""
 
-    shards: UPath
-    shard_manifest: Manifest
+    store: Store
     directory: UPath
     model: ModelConfig
     config: PretrainConfig
-    stream: StreamConfig
     seed: int
 
 
@@ -61,9 +63,8 @@ def pretrain_loop(arguments: dict[str, Any]) -> None:
     """Train this worker's share of `members`."""
     job: PretrainJob = arguments["job"]
     context = current_context(arguments["device"])
-    shards = ShardSet(job.shards, job.shard_manifest)
-    budget = job.stream.memory_budget_mib * 2**20 // context.world_size
-    images = {split: StreamedImages(shards, split, budget) for split in ("train", "val")}
+    spec = job.store.spec
+    train_images, val_images = (StoredImages(job.store, split) for split in ("train", "val"))
     mine = arguments["members"][context.rank :: context.world_size]
     progress = Progress("pretrain", len(mine) * job.config.training.epochs, unit="epochs")
     for done, member in enumerate(mine):
@@ -71,7 +72,7 @@ def pretrain_loop(arguments: dict[str, Any]) -> None:
             job.directory, member
         ).exists():  # trained before this worker was started again
             continue
-        model = new_network(job.model, shards.spec, keyed_seed(job.seed, "pool_network", member))
+        model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
         initial = {name: value.clone() for name, value in model.state_dict().items()}
         rows: list[dict[str, Any]] = []
 
@@ -101,16 +102,14 @@ def pretrain_loop(arguments: dict[str, Any]) -> None:
         seed = keyed_seed(job.seed, "pool_training", member)
         train(
             model,
-            images["train"],
-            shards.spec,
+            train_images,
+            spec,
             job.config.training,
             seed=seed,
             device=context.device,
             report=report,
         )
-        rows[-1]["pretrain/val_accuracy"] = accuracy(
-            model, images["val"], shards.spec, device=context.device
-        )
+        rows[-1]["pretrain/val_accuracy"] = accuracy(model, val_images, spec, device=context.device)
         rows[-1]["peak_rss_bytes"] = peak_rss_bytes()
         append_rows(job.directory / f"metrics-{member:03d}.jsonl", rows, fresh=True)
         write_atomic(

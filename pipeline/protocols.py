@@ -15,6 +15,7 @@ from ncfm.curation import CurateConfig
 from ncfm.train import TrainConfig
 
 ProtocolName = Literal["default", "paper", "soft", "quick", "cosine"]
+EvaluatedSet = Literal["distilled", "random", "random_same_factor", "herding", "whole"]
 
 
 def _released(epochs: int) -> TrainConfig:
@@ -44,8 +45,11 @@ class EvaluateConfig:
     """Networks to train, as model.name takes them; none: that of model alone."""
     repeats: int = 10
     """Fresh networks per set (paper: 10; 3 for the ImageNet subsets)."""
-    herding: bool = True
-    """Whether herding, real images chosen by the pool's features, is one of the sets."""
+    sets: tuple[EvaluatedSet, ...] = get_args(EvaluatedSet)
+    """What networks are trained on: the distilled set; `random` real images, as many as it stores
+    (random_same_factor: as many as it decodes to, shrunk); `herding`: real images that the pool's
+    features choose; the `whole` training set, which takes longest. With stored soft labels
+    (`curate.soft_labels`) the distilled and the random set also count with these."""
     legacy_every: int = 0
     """Also test after every so many epochs and report the best, which is chosen on the test images,
     as legacy (released code: 100). 0: look at the test images once."""
@@ -58,6 +62,8 @@ class EvaluateConfig:
         for name in ("repeats", "whole_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.sets or len(set(self.sets)) < len(self.sets):
+            raise ValueError(f"sets must name one or more, each once, got {list(self.sets)}")
         if self.legacy_every < 0:
             raise ValueError(f"legacy_every must not be negative, got {self.legacy_every}")
 
@@ -76,7 +82,11 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     "soft": Protocol(EvaluateConfig(protocol="soft"), CurateConfig(soft_labels=True)),
     "quick": Protocol(
         EvaluateConfig(
-            protocol="quick", repeats=2, herding=False, training=_released(200), whole_epochs=10
+            protocol="quick",
+            repeats=2,
+            sets=("distilled", "random", "random_same_factor", "whole"),
+            training=_released(200),
+            whole_epochs=10,
         )
     ),
     "cosine": Protocol(

@@ -21,6 +21,11 @@ def main() -> None:
             print(compare_command(sys.argv[2:]))  # noqa: T201
             return
         command = parse_command(sys.argv[1:])
+        if command.stages == ("clean",):
+            from pipeline.data.local import clean_command
+
+            print(clean_command(command.config))  # noqa: T201
+            return
         directory = command.config.run_directory
         from pipeline.stages import Run  # after the parsing: --help and errors need none of this
 
@@ -38,6 +43,10 @@ def main() -> None:
         print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Exception as error:
+        from pipeline.workers import storage_error
+
+        if (storage := storage_error(error)) is not None:
+            exit_with_usage_error(storage)
         if "ray" not in sys.modules or (found := worker_error(error)) is None:
             raise
         sys.exit(f"error: {found}{_traceback_file(directory, found)}")

@@ -12,6 +12,9 @@ from typing import Any
 
 from ncfm.models import ModelConfig, Norm
 
+SEARCH_PROXY_VERSION = 1
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchProxyConfig:

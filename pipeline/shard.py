@@ -9,18 +9,16 @@ import dataclasses
 import json
 import logging
 import pickle
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from upath import UPath
 
+from pipeline.data.shards import Record, ShardConfig, ShardTask, write_shards_row
 from pipeline.image_files import StorageError
 from pipeline.progress import Progress
-from pipeline.shard_writer import Record, ShardConfig, ShardTask, write_shards_row
 from pipeline.sources import SPLITS, Sample, Source, SourceError, key_hash
 from pipeline.stage import Manifest, fingerprint
 
@@ -28,14 +26,15 @@ __all__ = ["ShardConfig", "build_manifest", "plan", "shard", "shard_identity"]
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 3  # changes with anything in the code that changes what shards hold
+SHARD_VERSION = 4
+"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
 MOST_IMAGES, FEWEST_IMAGES = 4000, 200  # in a Ray task: ten seconds, and half of one
 
 
 def shard_identity(source: Source, config: ShardConfig) -> str:
     """Fingerprint of all that the shards depend on; what may be bad is no part of it."""
     return fingerprint(
-        "shard", LAYOUT, source.fingerprint(), dataclasses.replace(config, max_bad=0.0)
+        "shard", SHARD_VERSION, source.fingerprint(), dataclasses.replace(config, max_bad=0.0)
     )
 
 
@@ -100,27 +99,32 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
     bad = [{"key": key, "reason": reason} for key, reason in source.rejected]
     _stop_if_too_many(bad, total + len(bad), config.max_bad)
     records: dict[str, Record] = {}
-    with _ticking(total) as (meter, tick):
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            write_shards_row,
-            fn_kwargs={
-                "read": source.read,
-                "config": config,
-                "directory": directory,
-                "identity": identity,
-                "report": meter,
-            },
-        )
-        for row in dataset.iter_rows():
-            for record in json.loads(row["records"]):
-                if reason := record.get("storage_error"):
-                    raise StorageError(
-                        " ".join(f"{reason}; the same command goes on from here".split())
-                    )
-                records[record["name"]] = record
-                bad += record["quarantine"]
-                _stop_if_too_many(bad, total + len(source.rejected), config.max_bad)
-                tick(record)
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        write_shards_row,
+        fn_kwargs={
+            "read": source.read,
+            "config": config,
+            "directory": directory,
+            "identity": identity,
+        },
+    )
+    progress, done, size = Progress("shard", total, unit="images"), 0, 0
+    for row in dataset.iter_rows():
+        for record in json.loads(row["records"]):
+            if reason := record.get("storage_error"):
+                raise StorageError(
+                    " ".join(f"{reason}; the same command goes on from here".split())
+                )
+            records[record["name"]] = record
+            bad += record["quarantine"]
+            _stop_if_too_many(bad, total + len(source.rejected), config.max_bad)
+            images = record["count"] + len(record["quarantine"])
+            done += images
+            if record["reused"]:
+                progress.first += images  # the rate is that of the work
+            else:
+                size += record["bytes"]
+        progress.update(done, **{"MiB/s": size / 2**20 / progress.elapsed})
     return build_manifest(source, config, [(task, records[task.name]) for task in tasks])
 
 
@@ -145,72 +149,6 @@ def quieten_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if handler.level == logging.INFO:  # the console's
             handler.setLevel(logging.WARNING)
-
-
-class _Counter:
-    """An actor: what all tasks have done so far."""
-
-    def __init__(self) -> None:
-        self.images = self.bytes = 0
-
-    def add(self, images: int, size: int) -> None:
-        self.images += images
-        self.bytes += size
-
-    def read(self) -> tuple[int, int]:
-        return self.images, self.bytes
-
-
-class _Report:
-    """Tells the counter; it travels to the tasks."""
-
-    def __init__(self, counter: Any) -> None:
-        self._counter = counter
-
-    def __call__(self, images: int, size: int) -> None:
-        self._counter.add.remote(images, size)
-
-
-@contextmanager
-def _ticking(total: int) -> Iterator[tuple[_Report, Callable[[Record], None]]]:
-    """Progress in images, told every few seconds even while no shard ends: what tasks report to,
-    and what is called with every record.
-    """
-    import ray
-
-    actor: Any = ray.remote(num_cpus=0)(_Counter)
-    counter = actor.remote()
-    progress, ended = Progress("shard", total, unit="images"), threading.Event()
-    reused = finished = 0
-
-    def tick(record: Record) -> None:
-        nonlocal reused, finished
-        images = record["count"] + len(record["quarantine"])
-        finished += images
-        if record["reused"]:
-            reused += images
-            progress.first += images  # the rate is that of the work
-        if finished == total:
-            tell(total)
-
-    def tell(done: int | None = None) -> None:
-        images, size = ray.get(counter.read.remote())
-        # A task that was tried twice reports twice; and the end is told when it is reached.
-        rate = size / 2**20 / progress.elapsed
-        progress.update(done or min(reused + images, total - 1), **{"MiB/s": rate})
-
-    def repeat() -> None:
-        while not ended.wait(1.0):
-            tell()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield _Report(counter), tick
-    finally:
-        ended.set()
-        thread.join()
-        ray.kill(counter)
 
 
 def build_manifest(

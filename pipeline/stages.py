@@ -15,16 +15,24 @@ from ncfm import load
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from pipeline.assignment import most_workers
-from pipeline.audit import AuditJob, audit, audit_table
+from pipeline.audit import AUDIT_VERSION, AuditJob, audit, audit_table
 from pipeline.config import Command, RunConfig, UsageError, changed_command
-from pipeline.continual import continual_rows, continual_table, moments
-from pipeline.curate import CurateJob, curate
-from pipeline.distill import DistillJob, distill
-from pipeline.evaluate import EvaluationTask, SetName, evaluate, run_tasks, table
-from pipeline.pretrain import PretrainJob, pretrain
+from pipeline.continual import CONTINUAL_VERSION, continual_rows, continual_table, moments
+from pipeline.curate import CURATE_VERSION, CurateJob, curate
+from pipeline.data.store import Store
+from pipeline.distill import DISTILL_VERSION, DistillJob, distill
+from pipeline.evaluate import (
+    EVALUATE_VERSION,
+    EvaluationTask,
+    SetName,
+    evaluate,
+    run_tasks,
+    table,
+)
+from pipeline.pretrain import PRETRAIN_VERSION, PretrainJob, pretrain
 from pipeline.progress import append_rows, read_rows
 from pipeline.protocols import changes
-from pipeline.search_proxy import proxy_content, proxy_table
+from pipeline.search_proxy import SEARCH_PROXY_VERSION, proxy_content, proxy_table
 from pipeline.shard import shard, shard_identity
 from pipeline.sources import Source, open_source
 from pipeline.stage import (
@@ -37,6 +45,7 @@ from pipeline.stage import (
     write_atomic,
 )
 from pipeline.tracking import TrackedRun, check_tracking, dotted
+from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search import build_sampler, check_search, input_values
 from pipeline.tuning.trial import SweepJob, input_key
 from pipeline.workers import (
@@ -158,30 +167,38 @@ class Run:
         found = self._stage("shard", self.shard_directory, self.shard_directory.name, build)
         return {**found, "class_names": list(self.source.class_names)}  # as they are called by now
 
+    @property
+    def store(self) -> Store:
+        """The images of the shards on whatever node asks for them."""
+        return Store(self.shard_directory, self.shards, self.config.runtime.local_directory)
+
     # ------------------------------------------------------------------ pretrain
 
     @cached_property
     def pool_directory(self) -> UPath:
         """The pool's place in the cache."""
-        cfg = self.config
-        return cfg.cache(
+        return self._pool_directory(self.config.model, self.config.seed)
+
+    def _pool_directory(self, model: ModelConfig, seed: int) -> UPath:
+        identity = fingerprint(
             "pretrain",
-            fingerprint(
-                "pretrain", self.shards["fingerprint"], cfg.model, cfg.pretrain.training, cfg.seed
-            ),
+            PRETRAIN_VERSION,
+            self.shards["fingerprint"],
+            model,
+            self.config.pretrain.training,
+            seed,
         )
+        return self.config.cache("pretrain", identity)
 
     @cached_property
     def pool(self) -> Manifest:
         """The pool of extractors. A larger pool adds to a smaller one."""
         cfg = self.config
         job = PretrainJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             directory=self.pool_directory,
             model=cfg.model,
             config=cfg.pretrain,
-            stream=cfg.stream,
             seed=cfg.seed,
         )
 
@@ -204,11 +221,14 @@ class Run:
         cfg = self.config
         matters = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
         identity = fingerprint(
-            "distill", self.shards["fingerprint"], self.pool["fingerprint"], *matters
+            "distill",
+            DISTILL_VERSION,
+            self.shards["fingerprint"],
+            self.pool["fingerprint"],
+            *matters,
         )
         return DistillJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
             checkpoints=self.directory / "checkpoints" / identity,
@@ -218,7 +238,6 @@ class Run:
             distill=cfg.distill,
             frequencies=cfg.frequencies,
             augment=cfg.augment,
-            stream=cfg.stream,
             runtime=cfg.runtime,
             ipc=cfg.ipc,
             seed=cfg.seed,
@@ -276,7 +295,7 @@ class Run:
             model=cfg.model,
             config=cfg.curate,
         )
-        identity = fingerprint("curate", self.distilled["fingerprint"], cfg.curate)
+        identity = fingerprint("curate", CURATE_VERSION, self.distilled["fingerprint"], cfg.curate)
         return self._stage(
             "curate", self.directory / "curation", identity, lambda: curate(job, self._workers(1))
         )
@@ -286,11 +305,13 @@ class Run:
     def evaluate(self) -> Manifest:
         """Accuracies of the distilled set and of its baselines, for every network."""
         cfg = self.config
-        sets: list[SetName] = ["distilled", "random", "random_same_factor", "herding", "whole"]
-        if not cfg.evaluate.herding:
-            sets.remove("herding")
-        if cfg.curate.soft_labels:
-            sets[1:2] = ["distilled_soft", "random", "random_soft"]
+        soft: dict[str, list[SetName]] = {
+            "distilled": ["distilled_soft"],
+            "random": ["random_soft"],
+        }
+        sets: list[SetName] = []
+        for name in cfg.evaluate.sets:
+            sets += [name, *(soft.get(name, []) if cfg.curate.soft_labels else [])]
         models = [self._model(name) for name in cfg.evaluate.networks] or [cfg.model]
         for model in models:
             self._check_model(model)
@@ -354,7 +375,12 @@ class Run:
             "distilled": lambda: self._set_hash("distilled"),
             "distilled_soft": lambda: self._set_hash("curated"),
             "random": lambda: cfg.ipc,
-            "random_soft": lambda: (cfg.ipc, self.pool["fingerprint"], cfg.curate),
+            "random_soft": lambda: (
+                cfg.ipc,
+                self.pool["fingerprint"],
+                cfg.curate,
+                CURATE_VERSION,
+            ),
             "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
             "herding": lambda: (cfg.ipc, self.pool["fingerprint"]),
             "whole": lambda: "",
@@ -365,8 +391,7 @@ class Run:
             set=name,
             repeat=repeat,
             identity=fingerprint(self.shards["fingerprint"], content[name]()),
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             distilled=self.directory / ("curated" if name == "distilled_soft" else "distilled"),
             pool=self.pool_directory,
             pool_model=cfg.model,
@@ -379,7 +404,6 @@ class Run:
             classes=classes,
             ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
             factor=cfg.synthetic.factor,
-            memory_budget=cfg.stream.memory_budget_mib * 2**20,
             seed=cfg.seed,
         )
 
@@ -394,19 +418,18 @@ class Run:
         cfg = self.config
         models = [self._model(name) for name in cfg.audit.networks] or [cfg.model]
         job = AuditJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             distilled=self.directory / "distilled",
             extractors=tuple((model, self._unseen_extractor(model)) for model in models),
             config=cfg.audit,
             ipc=cfg.ipc,
             factor=cfg.synthetic.factor,
-            memory_budget=cfg.stream.memory_budget_mib * 2**20,
             seed=cfg.seed,
         )
         shards = self.shards["splits"]["train"]["shards"]
         identity = fingerprint(
             "audit",
+            AUDIT_VERSION,
             self._set_hash("distilled"),
             [pool.name for _, pool in job.extractors],
             cfg.audit,
@@ -428,17 +451,12 @@ class Run:
         cfg = self.config
         self._check_model(model)
         seed = keyed_seed(cfg.seed, "audit_extractor")
-        identity = fingerprint(
-            "pretrain", self.shards["fingerprint"], model, cfg.pretrain.training, seed
-        )
-        directory = cfg.cache("pretrain", identity)
+        directory = self._pool_directory(model, seed)
         job = PretrainJob(
-            shards=self.shard_directory,
-            shard_manifest=self.shards,
+            store=self.store,
             directory=directory,
             model=model,
             config=dataclasses.replace(cfg.pretrain, networks=1),
-            stream=cfg.stream,
             seed=seed,
         )
 
@@ -450,7 +468,9 @@ class Run:
                 max_failures=cfg.runtime.max_failures,
             )
 
-        run_stage(f"extractor {model.name}", directory, fingerprint(identity, 1), build, log=_log)
+        run_stage(
+            f"extractor {model.name}", directory, fingerprint(directory.name, 1), build, log=_log
+        )
         return directory
 
     # ------------------------------------------------------------------ uses of the set
@@ -478,7 +498,13 @@ class Run:
                 "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
             }
 
-        return self._use("continual", tasks, build, lambda found: continual_table(found["rows"]))
+        return self._use(
+            "continual",
+            CONTINUAL_VERSION,
+            tasks,
+            build,
+            lambda found: continual_table(found["rows"]),
+        )
 
     def search_proxy(self) -> Manifest:
         """Whether each set ranks architectures as the whole set does, into search-proxy.json."""
@@ -510,18 +536,19 @@ class Run:
                 "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
             }
 
-        return self._use("search-proxy", tasks, build, proxy_table)
+        return self._use("search-proxy", SEARCH_PROXY_VERSION, tasks, build, proxy_table)
 
     def _use(
         self,
         name: str,
+        version: int,
         tasks: Sequence[EvaluationTask],
         build: Callable[[], Manifest],
         text: Callable[[Any], str],
     ) -> Manifest:
         """A stage of networks whose summary is <name>.json of the run's directory."""
         identity = fingerprint(
-            name, *(task.result_path(self.config.storage).name for task in tasks)
+            name, version, *(task.result_path(self.config.storage).name for task in tasks)
         )
         manifest = self._stage(name, self.directory / name, identity, build)
         write_atomic(
@@ -574,7 +601,8 @@ class Run:
             return tune(sweep, sampler, resources, storage=cfg.storage / "cache" / "ray")
 
         jobs = {key: job.checkpoints.name for key, job in inputs.items()}
-        identity = fingerprint("tune", cfg.tune, cfg.evaluate.training, jobs)
+        versions = [TUNE_VERSION, EVALUATE_VERSION]
+        identity = fingerprint("tune", versions, cfg.tune, cfg.evaluate.training, jobs)
         manifest = self._stage("tune", directory, identity, build)
         write_results(directory, manifest, cfg.tune, self.command)
         _log(summary(manifest))

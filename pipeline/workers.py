@@ -22,6 +22,7 @@ from upath import UPath
 
 from pipeline.config import UsageError
 from pipeline.failures import guarded, raise_recorded, worker_error
+from pipeline.image_files import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -272,5 +273,16 @@ def fit(
         done.result()
     except TrainingFailedError as error:
         raise_recorded(failure)
-        raise worker_error(error) or error from error
+        raise storage_error(error) or worker_error(error) or error from error
     raise_recorded(failure)
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """The StorageError in an exception, also as Ray wraps that of a task or of a Train worker; its
+    message is one line, theirs a traceback. None if there is none.
+    """
+    wrapped = [getattr(error, name, None) for name in ("cause", "_base_exc", "__cause__")]
+    for inner in [*wrapped, *getattr(error, "worker_failures", {}).values()]:
+        if isinstance(inner, BaseException) and (found := storage_error(inner)) is not None:
+            return found
+    return error if isinstance(error, StorageError) else None

@@ -19,15 +19,13 @@ _FEW_EPOCHS = 10
 _AVERAGED_SHARE = 25  # the bold line averages 1/25 of the logged steps
 
 # Key of a row -> (title, what it is). Keys not named here get a chart under their own name.
-_DISTILL = {
+DISTILL = {
     "distill/ncfd": (
         "Discrepancy (NCFD)",
         "What the images descend: how far their features are from the real ones.",
     ),
     "distill/mmd": ("Discrepancy (linear MMD)", "What the images descend."),
-    "distill/psi_ncfd": ("Frequency sampler ψ", "What ψ ascends, the images held fixed."),
     "distill/psi_objective": ("Frequency sampler ψ", "What ψ ascends, the images held fixed."),
-    "distill/loss": ("Loss of the images", "All terms that the images descend, weighted."),
     "distill/calibration": (
         "Calibration",
         "Cross-entropy of the synthetic images under the trained network.",
@@ -61,11 +59,11 @@ def distillation_charts(rows: Sequence[Row]) -> list[Chart]:
     by_step = {int(row["step"]): row for row in rows}
     steps = sorted(by_step)
     found = {key for row in rows for key in row if key.startswith("distill/")} - _NO_CHART
-    known = [key for key in _DISTILL if key in found]
-    moving = bool(found & {"distill/psi_ncfd", "distill/psi_objective"})
+    known = [key for key in DISTILL if key in found]
+    moving = "distill/psi_objective" in found
     charts = []
     for key in [*known, *sorted(found - set(known))]:
-        title, note = _DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "), ""))
+        title, note = DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "), ""))
         if key == "distill/ncfd" and moving:
             note += " At frequencies that ψ moves to where they differ most, it may rise."
         points = [

@@ -11,7 +11,7 @@ from upath import UPath
 
 from pipeline.config import UsageError
 from pipeline.progress import read_rows
-from pipeline.reporting.charts import Chart
+from pipeline.reporting.charts import DISTILL, Chart
 from pipeline.reporting.gallery import data_uri
 from pipeline.reporting.report import template
 from pipeline.reporting.result_charts import COLORS, overlay_chart
@@ -20,7 +20,6 @@ from pipeline.reporting.tables import SET_NAMES, duration, memory, stage_rows
 from pipeline.stage import read_json, write_atomic
 
 USAGE = "usage: python pipeline/run.py compare RUN RUN ... [--output compare.html]"
-TITLES = {"distill/ncfd": "Discrepancy (NCFD)", "distill/psi_objective": "Frequency sampler ψ"}
 
 
 def compare_command(arguments: Sequence[str]) -> UPath:
@@ -171,7 +170,7 @@ def _charts(runs: Mapping[str, UPath]) -> list[Chart]:
     return [
         overlay_chart(
             key,
-            TITLES.get(key, key.removeprefix("distill/").replace("_", " ")),
+            DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "),))[0],
             {name: sorted(points.items()) for name, points in found.items()},
         )
         for key, found in curves.items()

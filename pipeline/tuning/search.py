@@ -20,6 +20,7 @@ from pipeline.config import (
 )
 from pipeline.stage import fingerprint, read_json, write_atomic
 from pipeline.tracking import dotted
+from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search_space import (
     INPUTS,
     RUNG_OPTION,
@@ -145,7 +146,9 @@ class OptunaSampler:
     def __init__(self, config: TuneConfig, seed: int, first: Values, directory: UPath) -> None:
         self._config, self._seed, self._first = config, seed, first
         self._integers = integer_options(RunConfig, config.space)
-        self._path = directory / f"optuna-{fingerprint(config.space, seed, first)}.json"
+        self._path = (
+            directory / f"optuna-{fingerprint(TUNE_VERSION, config.space, seed, first)}.json"
+        )
         self._known: dict[int, Values] = {
             int(number): values for number, values in (read_json(self._path) or {}).items()
         }

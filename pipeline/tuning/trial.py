@@ -16,17 +16,18 @@ from upath import UPath
 
 from ncfm.distill import NonFiniteLossError
 from ncfm.evaluate import judge
-from ncfm.images import InMemoryImages
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig
+from pipeline.data.batches import StoredImages
 from pipeline.distill_loop import DistillJob, Loop
+from pipeline.evaluate import EVALUATE_VERSION
 from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.stage import canonical_json, fingerprint, peak_rss_bytes, read_json, write_atomic
-from pipeline.stream import ShardSet, StreamedImages
 from pipeline.tracking import TrackedRun, Trackers
+from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search_space import INPUTS, Values, override
 
 Result = dict[str, Any]
@@ -48,7 +49,7 @@ class TrialJob:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the synthetic set: one a pixel and channel, as stored."""
-        spec = ShardSet(self.distill.shards, self.distill.shard_manifest).spec
+        spec = self.distill.store.spec
         return spec.num_classes * self.distill.ipc * spec.channels * spec.image_size**2
 
     def results(self) -> list[Result]:
@@ -93,17 +94,17 @@ class TrialJob:
         state = load_checkpoint(job.checkpoints, at_most=steps)
         if state is None or int(state["step"]) != steps:
             raise RuntimeError(f"no checkpoint of step {steps} in {job.checkpoints}")
-        shards = ShardSet(job.shards, job.shard_manifest)
-        classes = range(shards.spec.num_classes)
+        spec = job.store.spec
+        classes = range(spec.num_classes)
         images = torch.cat([state[f"class/{c}/images"].float() for c in classes])
         labels = torch.tensor(classes).repeat_interleave(job.ipc)
-        synthetic = SyntheticSet(images, labels, job.synthetic.factor, shards.spec)
-        held_out = StreamedImages(shards, "select", job.stream.memory_budget_mib * 2**20)
+        synthetic = SyntheticSet(images, labels, job.synthetic.factor, spec)
+        held_out = StoredImages(job.store, "select")
         return [
             judge(
-                InMemoryImages(*synthetic.decode()),
+                synthetic.source(device=device),
                 held_out,
-                shards.spec,
+                spec,
                 model=job.model,
                 training=self.training,
                 seed=keyed_seed(job.seed, "tune", repeat),
@@ -143,7 +144,8 @@ class SweepJob:
         base = self.inputs[input_key(values)]
         identity = fingerprint(
             "trial",
-            base.checkpoints.name,  # shards, networks, seed
+            [TUNE_VERSION, EVALUATE_VERSION],
+            base.checkpoints.name,  # shards, networks, seed, the version of the distillation
             *(config.synthetic, config.distill, config.frequencies, config.augment, config.ipc),
             *(rungs, training, config.model, config.tune.repeats),
         )

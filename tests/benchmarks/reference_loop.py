@@ -5,8 +5,13 @@ the real features without a graph, as in the released code; psi's gradient by a 
 through the whole graph, that of the extractor included. Beyond the paper, as here: psi ascends
 `psi_objective`, once a step, and every class's images take one optimiser step. As in the released
 code, psi ascends on the frequencies that the images descend at.
+
+An oracle must not import what it checks: the discrepancy, psi's objective, the tiles of an image
+and the augmentation are written here from the papers' definitions. From `ncfm` come configuration,
+networks, psi's network and the random draws.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,11 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfm.augment import Augment
-from ncfm.discrepancy import empirical_cf
 from ncfm.distill import Distiller
-from ncfm.formation import decode
-from ncfm.frequencies import ScaleMixture, psi_objective
+from ncfm.frequencies import ScaleMixture
 from ncfm.models import Classifier
 from ncfm.models.layers import AveragePool
 from ncfm.seeding import keyed_generator
@@ -30,6 +32,78 @@ def discrepancy(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     real = angles_x.cos().mean(0) - angles_y.cos().mean(0)
     imag = angles_x.sin().mean(0) - angles_y.sin().mean(0)
     return ((real.square() + imag.square()) / 2 + 1e-24).sqrt().mean()
+
+
+def psi_objective(x: Tensor, y: Tensor, t: Tensor, kind: str) -> Tensor:
+    """What psi ascends: the discrepancy itself (`ncfd`, eq. 7), the squared difference beyond what
+    sampling noise explains (`excess`), or in units of it (`ratio`). Noise: the variance of a mean
+    of N independent exp(j <t, x>) is (1 - |phi|^2) / N.
+    """
+    if kind == "ncfd":
+        return discrepancy(x, y, t)
+    phi_x, phi_y = (torch.exp(1j * (z @ t.T)).mean(0) for z in (x, y))
+    difference = (phi_x - phi_y).abs().square()
+    noise = (1 - phi_x.abs().square()) * (1 / len(x) + 1 / len(y))
+    if kind == "excess":
+        return (difference - noise).mean()
+    return (difference / (noise + 1e-6) + 1e-24).sqrt().mean()
+
+
+def tiles(images: Tensor, factor: int) -> Tensor:
+    """Multi-formation (IDC): every tile of factor x factor, row by row, upsampled to full size.
+    The factor divides the size.
+    """
+    n, _, height, width = images.shape
+    h, w = height // factor, width // factor
+    cut = [
+        images[i : i + 1, :, row * h : (row + 1) * h, column * w : (column + 1) * w]
+        for i in range(n)
+        for row in range(factor)
+        for column in range(factor)
+    ]
+    return F.interpolate(torch.cat(cut), (height, width), mode="bilinear", align_corners=False)
+
+
+def siamese(images: Tensor, u: list[float]) -> Tensor:
+    """DSA's mode S on normalised square images: one operation, with one draw u, for all of them.
+
+    u: quantiles of choice, brightness, saturation, contrast, crop y and x, cutout y and x, flip,
+    scale x and y, and rotation; strengths are DSA's published ones.
+    """
+    size = images.shape[-1]
+    match ("color", "crop", "cutout", "flip", "scale", "rotate")[int(6 * u[0])]:
+        case "color":
+            images = images + (u[1] - 0.5)
+            mean = images.mean(1, keepdim=True)
+            images = mean + 2 * u[2] * (images - mean)
+            mean = images.mean((1, 2, 3), keepdim=True)
+            return mean + (0.5 + u[3]) * (images - mean)
+        case "crop":
+            border = int(size / 8 + 0.5)
+            top, left = (int(q * (2 * border + 1)) for q in u[4:6])
+            padded = F.pad(images, (border,) * 4)
+            return padded[:, :, top : top + size, left : left + size]
+        case "cutout":
+            side = int(size / 2 + 0.5)
+            mask = torch.ones_like(images)
+            top, left = (int(q * (size + 1 - side % 2)) - side // 2 for q in u[6:8])
+            mask[:, :, max(0, top) : top + side, max(0, left) : left + side] = 0
+            return images * mask
+        case "flip":
+            return images.flip(3) if u[8] < 0.5 else images
+        case "scale":
+            x, y = (1 / 1.2 + q * (1.2 - 1 / 1.2) for q in u[9:11])
+            return _affine(images, [[x, 0, 0], [0, y, 0]])
+        case _:
+            angle = (2 * u[11] - 1) * math.radians(15)
+            cos, sin = math.cos(angle), math.sin(angle)
+            return _affine(images, [[cos, -sin, 0], [sin, cos, 0]])
+
+
+def _affine(images: Tensor, matrix: list[list[float]]) -> Tensor:
+    theta = images.new_tensor(matrix).expand(len(images), 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def plain(model: Classifier) -> Classifier:
@@ -65,7 +139,6 @@ class ReferenceLoop:
             if isinstance(self.psi, ScaleMixture)
             else None
         )
-        self.augment: Augment = distiller.augment
         self.step = 0
 
     def _generator(self, purpose: str, *keys: int) -> torch.Generator:
@@ -87,13 +160,19 @@ class ReferenceLoop:
         """One step; the same metrics as Distiller.update, as numbers."""
         cfg, like = self.like.config, self.like
         self._load(cfg.blend)
-        draws = self.augment.draw([self._generator("augment", c) for c in self.images])
+        draws = [
+            torch.rand(12, generator=self._generator("augment", c), dtype=torch.float64).tolist()
+            for c in self.images
+        ]
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+            for values in (like.spec.mean, like.spec.std)
+        )
         metrics: dict[str, float] = {}
         self.optimizer.zero_grad()
 
         def augmented(images: Tensor, group: int) -> Tensor:
-            index = torch.full((len(images),), group)
-            return self.augment.apply(like.spec.normalize(images), draws, index)
+            return siamese((images - mean) / std, draws[group])
 
         def add(name: str, value: Tensor) -> None:
             metrics[name] = metrics.get(name, 0.0) + value.item()
@@ -105,7 +184,7 @@ class ReferenceLoop:
             with torch.no_grad():
                 batch = real[c].to(like.device).float() / 255
                 x = self._features(augmented(batch.to(like.dtype), group))
-            y = self._features(augmented(decode(self.images[c], like.factor), group))
+            y = self._features(augmented(tiles(self.images[c], like.factor), group))
             loss = discrepancy(x, y, t)
             add("ncfd", loss)
             (cfg.loss_weight * loss).backward(retain_graph=self.psi_optimizer is not None)
@@ -113,9 +192,7 @@ class ReferenceLoop:
                 continue
             images_gradient = self.images[c].grad
             self.psi_optimizer.zero_grad()
-            value = psi_objective(
-                empirical_cf(x, t), empirical_cf(y, t), len(x), len(y), like.frequencies, cfg.alpha
-            )
+            value = psi_objective(x, y, t, like.frequencies.objective)
             add("psi_objective", value)
             self.images[c].grad = None
             value.backward(retain_graph=True)  # once more through the whole graph; t has others
@@ -130,7 +207,7 @@ class ReferenceLoop:
         if cfg.calibration:
             self._load((1.0, 1.0))
             for group, c in enumerate(self.images):
-                images = augmented(decode(self.images[c], like.factor), group)
+                images = augmented(tiles(self.images[c], like.factor), group)
                 loss = F.cross_entropy(
                     self.model(images), torch.full((len(images),), c, device=like.device)
                 )

@@ -27,7 +27,7 @@ def commands(out: Path) -> dict[str, list[str]]:
     return {
         "step": bench("step", "--out", str(out)),
         "evaluate": bench("evaluate", "--out", str(out)),
-        "stream": bench("stream", "--out", str(out / "stream.json")),
+        "store": bench("store", "--out", str(out / "store.csv")),
         "shard": bench("shard", "--out", str(out / "shard.json")),
         "scaling": bench("scaling", "--out", str(out / "scaling")),
         "end_to_end": [sys.executable, str(RUN), *end_to_end],

@@ -4,15 +4,18 @@ import dataclasses
 import json
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
+from numbered import everything
 from tiny import copied, stage
 from upath import UPath
 
 import ncfm
 from ncfm.models import ModelConfig
 from pipeline.audit import (
+    AUDIT_VERSION,
     AuditJob,
     Extractors,
     ShardPass,
@@ -23,8 +26,8 @@ from pipeline.audit import (
     unpack,
 )
 from pipeline.audit_config import AuditConfig
+from pipeline.data.store import Store
 from pipeline.pretrain import member_path, new_network, pack_member
-from pipeline.stream import ShardSet
 from pipeline.workers import Workers
 
 AUDIT = AuditConfig(num_freqs=128, feature_dim=32, samples=200, draws=2)
@@ -36,18 +39,16 @@ def job(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Au
     (manifest_path,) = (tiny[0] / "runs" / "cache").glob("shard-*/manifest.json")
     manifest = json.loads(manifest_path.read_text())
     model, pool = ModelConfig(depth=2, width=16), UPath(tmp_path_factory.mktemp("pool"))
-    shards = ShardSet(UPath(manifest_path.parent), manifest)
-    state = new_network(model, shards.spec, seed=1).state_dict()
+    store = Store(UPath(manifest_path.parent), manifest)
+    state = new_network(model, store.spec, seed=1).state_dict()
     member_path(pool, 0).write_bytes(pack_member(state, {k: v.clone() for k, v in state.items()}))
     return AuditJob(
-        shards=shards.directory,
-        shard_manifest=manifest,
+        store=store,
         distilled=UPath(tiny[1] / "distilled"),
         extractors=((model, pool),),
         config=AUDIT,
         ipc=1,
         factor=2,
-        memory_budget=2**28,
         seed=0,
     )
 
@@ -78,6 +79,8 @@ def test_the_audit_is_the_same_on_one_and_three_workers(
 ) -> None:
     other = audit(job, Workers(3, False), directory=UPath(tmp_path))
     assert other | {"peak_rss_bytes": 0} == content | {"peak_rss_bytes": 0}  # to the last bit
+    found = {f"{row['set']} {row['measure']}": row["value"] for row in content["rows"]}
+    golden.check("audit", AUDIT_VERSION, found, tolerance=1e-3)
     assert (tmp_path / "nearest.png").stat().st_size > 100
 
 
@@ -92,15 +95,14 @@ def test_real_images_score_best_and_noise_worst(content: dict, measure: str) -> 
 
 def test_a_set_that_is_part_noise_lies_between(job: AuditJob, tmp_path: Path) -> None:
     """Three constructed sets in place of the distilled one: real, half noise, noise."""
-    shards = ShardSet(job.shards, job.shard_manifest)
-    real = shards.load("train")
-    chosen = torch.cat([(real.labels == c).nonzero().flatten()[:4] for c in range(10)])
-    images = real.images[chosen].float() / 255
+    real, labels = everything(job.store, "train")
+    chosen = torch.cat([(labels == c).nonzero().flatten()[:4] for c in range(10)])
+    images = real[chosen].float() / 255
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     found = []
     for i, share in enumerate((0.0, 0.5, 1.0)):
         mixed = (1 - share) * images + share * noise
-        made = ncfm.SyntheticSet(mixed, real.labels[chosen], 1, shards.spec)
+        made = ncfm.SyntheticSet(mixed, labels[chosen], 1, job.store.spec)
         made.save(tmp_path / str(i))
         part = dataclasses.replace(job, distilled=UPath(tmp_path / str(i)), ipc=4, factor=1)
         content = in_process(part, tmp_path / str(i))
@@ -117,18 +119,18 @@ def test_the_sums_of_the_pass_are_those_of_all_images(job: AuditJob, content: di
     from ncfm.discrepancy import empirical_cf
     from ncfm.fidelity import cf_distance
 
-    shards, extractors = ShardSet(job.shards, job.shard_manifest), Extractors(job, "cpu")
+    extractors = Extractors(job, "cpu")
     synthetic = ncfm.load(job.distilled)
-    real, (images, labels) = shards.load("train"), synthetic.decode()
+    real, (images, labels) = job.store.images("train"), synthetic.decode()
     t = extractors.frequencies[0]
 
     def features(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            raw = extractors.networks[0].features(shards.spec.normalize(x))
+            raw = extractors.networks[0].features(job.store.spec.normalize(x))
         return torch.nn.functional.normalize(raw, dim=1)
 
     for c in (0, 7):
-        whole = empirical_cf(features(real.images[real.labels == c].float() / 255), t)
+        whole = empirical_cf(features(real[c].float() / 255), t)
         mine = empirical_cf(features(images[labels == c]), t)
         found = content["per_class_ncfd"]["convnet"]["distilled"][c]
         assert found == pytest.approx(cf_distance(whole, mine).ncfd, abs=1e-4)

@@ -18,15 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numbered import everything
 from PIL import Image
 from upath import UPath
 
+from pipeline.data.shards import write_shard
+from pipeline.data.store import Store
 from pipeline.image_files import StorageError
 from pipeline.shard import ShardConfig, build_manifest, plan, shard
-from pipeline.shard_writer import write_shard
 from pipeline.sources import SPLITS, Source, SourceConfig, SourceError, open_source
 from pipeline.stage import Manifest
-from pipeline.stream import ShardSet
 
 SIZE = 8
 CONFIG = ShardConfig(image_size=SIZE, shard_size=100, max_bad=1)
@@ -59,9 +60,9 @@ def sharded(source: Source, directory: Path) -> tuple[Manifest, dict[str, np.nda
     manifest = json.loads(json.dumps(build_manifest(source, CONFIG, results)))
     pixels = {}
     for split in SPLITS:
-        data = ShardSet(UPath(directory), manifest).load(split)
+        images, _ = everything(Store(UPath(directory), manifest), split)
         keys = [key for task, record in results if task.split == split for key in record["keys"]]
-        pixels.update(zip(keys, data.images.permute(0, 2, 3, 1).numpy(), strict=True))
+        pixels.update(zip(keys, images.permute(0, 2, 3, 1).numpy(), strict=True))
     return manifest, pixels
 
 

@@ -74,6 +74,17 @@ def test_a_typo_in_a_preset_is_an_error(tmp_path: Path) -> None:
         parse_command(["--config", str(preset)])
 
 
+def test_an_old_preset_is_told_what_replaced_its_options(tmp_path: Path) -> None:
+    preset = tmp_path / "old.toml"
+    preset.write_text("[stream]\nmemory_budget_mib = 512\n")
+    for arguments in (["--config", str(preset)], ["--stream.memory_budget_mib", "512"]):
+        with pytest.raises(
+            UsageError, match=r"options stream\.\* are gone.*local_directory"
+        ) as caught:
+            parse_command(arguments)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "arguments", [["--ipc", "0"], ["--source.kind", "folder", "--source.path", "/does/not/exist"]]
 )

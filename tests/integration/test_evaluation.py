@@ -41,6 +41,8 @@ def test_options_beside_a_protocol_override_it(tmp_path: Path) -> None:
     assert overridden.evaluate == PROTOCOLS["soft"].evaluate
     with pytest.raises(UsageError, match=r"evaluate\.protocol.*paper.*'papper'"):
         config_of("--evaluate.protocol", "papper")
+    with pytest.raises(UsageError, match=r"sets must name one or more, each once.*'random'"):
+        config_of("--evaluate.sets", '["random", "random"]')
 
 
 def test_a_written_configuration_gives_itself_again(tmp_path: Path) -> None:
@@ -63,10 +65,11 @@ def test_more_repeats_are_added(tiny: tuple[Path, Path]) -> None:
 def test_one_command_judges_many_networks(tiny: tuple[Path, Path]) -> None:
     folder, directory = copied(tiny, "networks")
     networks = '["convnet", "torchvision/mobilenet_v3_small"]'
+    sets = ["distilled", "random", "whole"]
     options = ["--evaluate.networks", networks, "--evaluate.repeats", "1"]
+    options += ["--evaluate.sets", json.dumps(sets)]
     made = stage(folder, directory, "evaluate", *options, "--evaluate.legacy_every", "1")
     found = json.loads((directory / "evaluation.json").read_text())
-    sets = ["distilled", "random", "random_same_factor", "herding", "whole"]
     assert [(row["network"], row["set"]) for row in found["rows"]] == [
         (network, name) for network in json.loads(networks) for name in sets
     ]

@@ -1,15 +1,21 @@
 """All stages together, small, on a real Ray cluster."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from tiny import run, stage
 
 import ncfm
+from pipeline.curate import CURATE_VERSION
 from pipeline.progress import read_rows
+from pipeline.workers import storage_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,15 +57,76 @@ def test_the_same_command_reuses_everything(tiny: tuple[Path, Path]) -> None:
     assert (directory / "distilled" / "synthetic.safetensors").stat().st_mtime_ns == before
 
 
-def test_one_worker_gives_the_same_images_as_two(tiny: tuple[Path, Path]) -> None:
-    """Invariant 1; shards and pool are those of the other run."""
+TWO_NODES = """
+import os, sys
+from pathlib import Path
+from pipeline.workers import set_ray_environment
+set_ray_environment()
+import ray
+from ray.cluster_utils import Cluster
+from tiny import run
+
+folder = Path(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+try:
+    for node in ("one", "two"):
+        cluster.add_node(num_cpus=1, env_vars={"NODE_DISK": str(folder / node)})
+    os.environ["RAY_ADDRESS"] = cluster.address
+    run(folder, "--num_workers", "2", "--runtime.local_directory", "$NODE_DISK/scratch")
+finally:
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+def on_two_nodes(folder: Path) -> Path:
+    """A tiny run on a cluster of its own, of two nodes with a CPU and a disk each."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, "-c", TWO_NODES, str(folder)]
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent)
+    for node in ("one", "two"):
+        (store,) = (folder / node / "scratch").glob("ncfm-store-*")
+        assert sorted(path.name for path in store.glob("*/*.u8"))
+    assert not list((folder / "runs" / "cache").glob("ncfm-store-*"))
+    return folder / "runs" / "tiny"
+
+
+@pytest.mark.parametrize("workers", ["1 worker", "4 workers", "2 nodes"])
+def test_every_cluster_gives_the_same(
+    tiny: tuple[Path, Path], tmp_path: Path, workers: str
+) -> None:
+    """Invariant 1, from nothing, with two workers of one node: the bytes of shards and networks,
+    the images, the accuracies.
+    """
     folder, directory = tiny
-    other, stages = run(folder, "--num_workers", "1", "--name", "alone")
-    assert stages["shard"]["reused"]
-    assert stages["pretrain"]["reused"]
-    assert not stages["distill"]["reused"]
+    if workers == "2 nodes":
+        other = on_two_nodes(tmp_path)
+        stages = json.loads((other / "stages.json").read_text())
+    else:
+        other, stages = run(tmp_path, "--num_workers", workers[0])
+    assert not any(stage.get("reused") for stage in stages.values())
+    for pattern in ("shard-*/**/*.tar", "pretrain-*/network-*.safetensors"):
+        files = [
+            {path.relative_to(root): path.read_bytes() for path in root.glob(pattern)}
+            for root in (folder / "runs" / "cache", tmp_path / "runs" / "cache")
+        ]
+        assert files[1]
+        assert {path: files[0].get(path) for path in files[1]} == files[1]
     images = [ncfm.load(d / "distilled").images for d in (directory, other)]
     assert torch.equal(*images)
+    rows = [json.loads((d / "evaluation.json").read_text())["rows"] for d in (directory, other)]
+    assert rows[0] == rows[1]
+
+
+def test_a_store_that_cannot_be_made_is_one_line(tiny: tuple[Path, Path]) -> None:
+    """As `run.py` prints it, from a worker of Ray Train."""
+    directory = str(tiny[0] / "tiny.toml" / "below")
+    with pytest.raises(Exception, match="Traceback") as caught:
+        run(tiny[0], "--name", "no-disk", "--runtime.local_directory", directory)
+    line = str(storage_error(caught.value))
+    assert line.startswith(f"cannot make the store of real images in {directory}/ncfm-store-")
+    assert "Not a directory; " in line
+    assert "\n" not in line
 
 
 def test_a_changed_option_redoes_what_depends_on_it(tiny: tuple[Path, Path]) -> None:
@@ -84,6 +151,8 @@ def test_soft_labels_are_a_set_of_their_own(tiny: tuple[Path, Path]) -> None:
     assert soft.soft_labels is not None
     assert soft.soft_labels.shape == (40, 10)
     torch.testing.assert_close(soft.soft_labels.sum(1), torch.ones(40))
+    values = {"soft_labels": golden.moments(soft.soft_labels)}
+    golden.check("curate", CURATE_VERSION, values, tolerance=1e-3)
     rows = json.loads((directory / "evaluation.json").read_text())["rows"]
     assert [row["set"] for row in rows[:2]] == ["distilled", "distilled_soft"]
     assert "with soft labels" in (directory / "report.html").read_text()

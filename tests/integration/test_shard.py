@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 import webdataset
+from numbered import everything
 from PIL import Image
 from upath import UPath
 
+from pipeline.data.shards import encode, square, write_shard
+from pipeline.data.store import Store
 from pipeline.shard import (
     FEWEST_IMAGES,
     MOST_IMAGES,
@@ -30,10 +33,8 @@ from pipeline.shard import (
     plan,
     shard,
 )
-from pipeline.shard_writer import encode, square, write_shard
 from pipeline.sources import SPLITS, FolderSource, Sample, SourceError, Split
 from pipeline.stage import Manifest
-from pipeline.stream import ShardSet
 
 CONFIG = ShardConfig(image_size=32, shard_size=16, max_bad=0.02)
 
@@ -129,7 +130,7 @@ def test_lossless_shards_hold_the_very_pixels(tree: Path, sharded: tuple[Path, M
 
 def test_statistics_are_those_of_all_train_pixels(sharded: tuple[Path, Manifest]) -> None:
     directory, manifest = sharded
-    images = ShardSet(UPath(directory), manifest).load("train").images.double() / 255
+    images = everything(Store(UPath(directory), manifest), "train")[0].double() / 255
     pixels = images.permute(1, 0, 2, 3).flatten(1)
     np.testing.assert_allclose(manifest["mean"], pixels.mean(1), rtol=1e-12)
     np.testing.assert_allclose(manifest["std"], pixels.std(1, correction=0), rtol=1e-12)
@@ -137,36 +138,12 @@ def test_statistics_are_those_of_all_train_pixels(sharded: tuple[Path, Manifest]
 
 def test_statistics_of_classes(sharded: tuple[Path, Manifest]) -> None:
     directory, manifest = sharded
-    data = ShardSet(UPath(directory), manifest).load("train")
+    images, labels = everything(Store(UPath(directory), manifest), "train")
     assert len(manifest["by_class"]) == 4
     for label, entry in enumerate(manifest["by_class"]):
-        pixels = data.images[data.labels == label].double().permute(1, 0, 2, 3).flatten(1) / 255
+        pixels = images[labels == label].double().permute(1, 0, 2, 3).flatten(1) / 255
         np.testing.assert_allclose(entry["mean"], pixels.mean(1), rtol=1e-12)
         np.testing.assert_allclose(entry["std"], pixels.std(1, correction=0), rtol=1e-12)
-
-
-def test_progress_is_told_within_a_shard(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.shard_writer._Meter.INTERVAL", 0.0)
-    source, told = folder(tree), list[tuple[int, int]]()
-    (tmp_path / "train").mkdir()
-    task = plan(source, 100)[1]
-    write_shard(
-        task,
-        read=source.read,
-        config=CONFIG,
-        directory=UPath(tmp_path),
-        identity="",
-        report=lambda images, size: told.append((images, size)),
-    )
-    assert len(told) > 10
-    assert sum(images for images, _ in told) == 40
-    assert (
-        39 * 1000
-        < sum(size for _, size in told)
-        < (tmp_path / "train/0001-00000.tar").stat().st_size
-    )
 
 
 def test_bytes_do_not_depend_on_parallelism(
@@ -205,14 +182,14 @@ def test_only_what_is_missing_is_written_again(
     assert {**again, "peak_rss_bytes": 0} == {**first, "peak_rss_bytes": 0}
     other = shard(source, ShardConfig(image_size=16, shard_size=16), UPath(directory))
     assert other["image_size"] == 16
-    assert ShardSet(UPath(directory), other).load("train").images.shape == (159, 3, 16, 16)
+    assert everything(Store(UPath(directory), other), "train")[0].shape == (159, 3, 16, 16)
 
 
 SLOW_WRITER = """
 import sys, time
 from upath import UPath
 from pipeline.shard import plan
-from pipeline.shard_writer import ShardConfig, write_shard
+from pipeline.data.shards import ShardConfig, write_shard
 from pipeline.sources import FolderSource
 
 def slow(sample):
@@ -358,7 +335,7 @@ def test_other_libraries_read_the_shards(
 
     config = ShardConfig(image_size=24, encoding=encoding, shard_size=15)
     manifest = write_serially(folder(tree), config, tmp_path)
-    ours = ShardSet(UPath(tmp_path), manifest).load("val")
+    images, labels = everything(Store(UPath(tmp_path), manifest), "val")
     suffix = {"png": "png", "jpeg": "jpg", "raw": "npy"}[encoding]
     paths = [str(tmp_path / entry["path"]) for entry in manifest["splits"]["val"]["shards"]]
     by_webdataset = [
@@ -369,12 +346,12 @@ def test_other_libraries_read_the_shards(
         (row["__key__"], row[suffix], row["cls"])
         for row in ray.data.read_webdataset(paths).iter_rows()
     ]
-    assert len({key for key, _, _ in by_webdataset}) == len(ours) == 40
+    assert len({key for key, _, _ in by_webdataset}) == len(images) == 40
     # Ray Data keeps no order of files.
     for theirs in (by_webdataset, sorted(by_ray, key=lambda row: row[0])):
         for k, (_, pixels, label) in enumerate(theirs):
-            assert int(label) == int(ours.labels[k])
-            np.testing.assert_array_equal(pixels, ours.images[k].permute(1, 2, 0))
+            assert int(label) == int(labels[k])
+            np.testing.assert_array_equal(pixels, images[k].permute(1, 2, 0))
 
 
 def test_square_is_resize_and_centre_crop() -> None:

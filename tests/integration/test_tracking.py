@@ -8,12 +8,14 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from upath import UPath
 
+from ncfm.distill import DistillConfig
 from pipeline.config import TrackingConfig, UsageError, parse_command
+from pipeline.reporting.charts import DISTILL
 from pipeline.stages import Run
 from pipeline.tracking import GAUGES, TrackedRun, Trackers, dotted
 
@@ -151,6 +153,17 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
             asked |= set(found)
     asked |= set(re.findall(r"\bray_ncfm_\w+", json.dumps(dashboard["templating"])))
     assert asked == {f"ray_{name}" for name, _ in GAUGES.values()}
+
+
+def test_every_objective_is_charted_and_tracked_by_its_name() -> None:
+    objectives = {
+        f"distill/{name}" for name in get_args(get_type_hints(DistillConfig)["objective"])
+    }
+    assert objectives >= {"distill/ncfd", "distill/mmd"}
+    assert objectives <= GAUGES.keys()
+    assert objectives <= DISTILL.keys()
+    others = {"distill/psi_objective", "distill/calibration", "distill/images_per_s"}
+    assert DISTILL.keys() == objectives | others  # and there is no chart of what is never logged
 
 
 @pytest.mark.long

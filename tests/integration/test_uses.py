@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from tiny import copied, stage
@@ -15,8 +16,10 @@ from ncfm.images import InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.train import TrainConfig
 from pipeline.config import UsageError
-from pipeline.continual import ContinualConfig, moments
-from pipeline.search_proxy import proxy_content, rank_correlation
+from pipeline.continual import CONTINUAL_VERSION, ContinualConfig, moments
+from pipeline.search_proxy import SEARCH_PROXY_VERSION, proxy_content, rank_correlation
+
+SETS = ("distilled", "random", "random_same_factor", "herding")
 
 
 def test_classes_come_once_each_in_an_order_of_the_repeat() -> None:
@@ -45,7 +48,9 @@ def test_continual_learning_sees_more_classes_at_each_step(tiny: tuple[Path, Pat
     # All classes seen: the same networks, whatever the steps before.
     ends = [row["accuracy"] for row in mine if row["classes"] == 10]
     assert ends[0] == ends[1]
-    assert {row["set"] for row in rows} == {"distilled", "random", "random_same_factor", "herding"}
+    accuracies = {name: [r["accuracy"] for r in rows if r["set"] == name] for name in SETS}
+    golden.check("continual", CONTINUAL_VERSION, accuracies, tolerance=0.05)
+    assert {row["set"] for row in rows} == set(SETS)
     assert stage(folder, directory, "continual", *options)["reused"]
     with pytest.raises(UsageError, match=r"continual\.steps 11"):
         stage(folder, directory, "continual", "--continual.steps", "[11]")
@@ -60,6 +65,8 @@ def test_search_proxy_correlates_with_the_whole_set(tiny: tuple[Path, Path]) -> 
     assert set(found["sets"]) == {"distilled", "random", "random_same_factor", "whole"}
     for entry in found["sets"].values():
         assert len(entry["mean"]) == 3
+    means = {name: entry["mean"] for name, entry in found["sets"].items()}
+    golden.check("search-proxy", SEARCH_PROXY_VERSION, means, tolerance=0.05)
     assert found["sets"]["distilled"]["best_found"] in found["sets"]["whole"]["mean"]
     with pytest.raises(UsageError, match="at least 3 architectures"):
         stage(folder, directory, "search-proxy", *grid[:2], "--search_proxy.depths", "[1]",

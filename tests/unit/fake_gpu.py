@@ -26,11 +26,12 @@ from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
-from ncfm.images import ImageSpec, InMemoryImages
+from ncfm.images import ImageSource, ImageSpec, InMemoryImages
 from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.seeding import keyed_generator
+from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig, train
-from pipeline.stream import ClassStreams
+from pipeline.data.batches import ClassBatches
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
@@ -132,10 +133,14 @@ def step_waits(gpu: FakeGPU, **changes: Any) -> list[str]:
     return list(gpu.waits)
 
 
-def train_waits(gpu: FakeGPU, batches: int) -> list[str]:
-    """Where a training of two epochs waited."""
+def train_waits(gpu: FakeGPU, batches: int, *, decoded: bool = False) -> list[str]:
+    """Where a training of two epochs waited: on real images in memory, or on a synthetic set."""
     images = torch.randint(256, (batches * 4, 3, SIZE, SIZE)).byte()
-    data = InMemoryImages(images, torch.arange(len(images)) % CLASSES)
+    labels = torch.arange(len(images)) % CLASSES
+    data: ImageSource = InMemoryImages(images, labels)
+    if decoded:
+        stored = images[:batches] / 255
+        data = SyntheticSet(stored, labels[:batches], 2, SPEC).source(device=GPU)
     config = TrainConfig(epochs=2, batch_size=4, cutmix_prob=0.5, optimizer="adamw")
     model = network(0)
     gpu.waits.clear()
@@ -143,39 +148,28 @@ def train_waits(gpu: FakeGPU, batches: int) -> list[str]:
     return list(gpu.waits)
 
 
-class Shards:
+class FakeStore:
     """Of CLASSES classes of ten images each, with nothing in them."""
 
-    image_bytes = 3 * SIZE**2
+    size = CLASSES * 10 * 3 * SIZE**2  # bytes
 
-    def counts(self, split: str) -> list[int]:
-        return [10] * CLASSES
-
-    def readers(self, split: str, classes: Sequence[int]) -> list["Shards"]:
-        return [self]
-
-    count, shape = 10, (3, SIZE, SIZE)
-
-    def read_into(self, images: Tensor, into: list[int], *rest: Any) -> None:
-        images[into] = 0
+    def images(self, split: str, classes: Sequence[int]) -> dict[int, Tensor]:
+        return {c: torch.zeros(10, 3, SIZE, SIZE).byte() for c in classes}
 
 
-def pool_waits(gpu: FakeGPU, images: int, free: int) -> tuple[list[str], list[str]]:
-    """Where batches were, under a budget of so many images and with so much memory free, and where
-    the CPU waited for the GPU to have them.
+def pool_waits(gpu: FakeGPU, free: int) -> tuple[list[str], list[str]]:
+    """Where batches were, with so much memory free on the GPU, and where the CPU waited for it once
+    the images were there.
     """
-    gpu.waits.clear()
-    budget = images * Shards.image_bytes
     with mock.patch("torch.cuda.mem_get_info", return_value=(free, free)):
-        streams = ClassStreams(
-            Shards(),  # type: ignore[arg-type]
+        source = ClassBatches(
+            FakeStore(),  # type: ignore[arg-type]
             range(CLASSES),
-            budget,
             0,
-            rotate_every=1,
             device=GPU,
         )
-    batches = [streams.batch(c, step, 4) for step in range(3) for c in range(CLASSES)]
+    gpu.waits.clear()
+    batches = [source.batch(c, step, 4) for step in range(3) for c in range(CLASSES)]
     return sorted({batch.device.type for batch in batches}), list(gpu.waits)
 
 
@@ -238,10 +232,10 @@ def findings() -> dict[str, Any]:
                 }.items()
             },
             "training": [train_waits(gpu, batches) for batches in (2, 4)],
+            "training on decoded": [train_waits(gpu, batches, decoded=True) for batches in (2, 4)],
             "pools": {
-                "resident": pool_waits(gpu, 30, free=4 * 30 * Shards.image_bytes),
-                "rotating": pool_waits(gpu, 15, free=4 * 15 * Shards.image_bytes),
-                "too large": pool_waits(gpu, 30, free=4 * 30 * Shards.image_bytes - 1),
+                "resident": pool_waits(gpu, free=4 * FakeStore.size),
+                "too large": pool_waits(gpu, free=4 * FakeStore.size - 1),
             },
         }
 

@@ -95,7 +95,29 @@ def work(rank: int, folder: Path) -> None:
             result = {"state": distiller.state_dict(), "metrics": metrics}
             torch.save({**result, "sent": collectives.bytes_sent}, folder / f"{number}-{rank}.pt")
             dist.destroy_process_group()
+    drift(rank, folder)
     stay_away(rank, folder)
+
+
+def drift(rank: int, folder: Path) -> None:
+    """Ranks 0, 1 and 2 share class 0, ranks 1 and 2 class 1, all psi; some differ."""
+    meet(rank, WORLD, folder / "meeting-drift")
+    collectives = Collectives(
+        current_context(), [Group((r,), (r,)) for r in range(WORLD)], timeout_s=60
+    )
+    state = {"psi": torch.ones(2), f"own/{rank}": torch.full((2,), float(rank))}
+    if rank < 3:
+        state["class/0"] = torch.arange(4.0)
+    if rank in (1, 2):
+        state["class/1"] = torch.arange(3.0)
+    same = collectives.agree(state)
+    if rank == 2:
+        state["class/0"] = state["class/0"] + 2.0**-20
+        state["class/1"] = state["class/1"] + 2.0**-20
+    if rank == 3:
+        state["psi"] = torch.zeros(2)
+    torch.save((same, collectives.agree(state)), folder / f"drift-{rank}.pt")
+    dist.destroy_process_group()
 
 
 def meet(rank: int, workers: int, file: Path) -> None:
@@ -190,6 +212,19 @@ def test_the_formula_of_the_bytes(results: Path, run: tuple[str, str]) -> None:
 def test_nothing_crosses_without_psi_and_groups() -> None:
     fixed = dataclasses.replace(FREQUENCIES, sampler="gaussian")
     assert predicted_bytes(assign([EQUAL] * 5, 4), fixed, dim=32) == 0
+
+
+def test_values_that_drifted_apart_are_the_first_owners_again(results: Path) -> None:
+    shared = {"class/0": ((0, 1, 2), torch.arange(4.0)), "class/1": ((1, 2), torch.arange(3.0))}
+    for rank in range(WORLD):
+        (same, none), (state, drifted) = torch.load(results / f"drift-{rank}.pt")
+        expected = {"psi": torch.ones(2), f"own/{rank}": torch.full((2,), float(rank))}
+        expected |= {key: value for key, (ranks, value) in shared.items() if rank in ranks}
+        assert none == {}
+        assert drifted == {"class/0": [2], "class/1": [2], "psi": [3]}
+        for found in (same, state):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_who_did_not_come_is_named(results: Path) -> None:

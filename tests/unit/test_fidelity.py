@@ -70,6 +70,23 @@ def test_intrinsic_dimension_of_a_flat_manifold(dim: int) -> None:
     assert math.isnan(intrinsic_dimension(uniform[:1].expand(5, -1)))  # copies alone
 
 
+def test_copies_do_not_change_the_intrinsic_dimension() -> None:
+    """Distances by matrix products make copies of a sample lie apart, by rounding: 0.2 for 3."""
+    x = 10 + torch.rand(400, 3, generator=torch.Generator().manual_seed(0)).double()
+    right = intrinsic_dimension(x)
+    assert right == pytest.approx(3, rel=0.15)
+    for copies in (x[:10], x, x[:1].expand(300, -1)):
+        assert intrinsic_dimension(torch.cat([x, copies])) == pytest.approx(right)
+    assert intrinsic_dimension(x[:, :1].expand(-1, 3)) < 1.5  # negative control: a line
+
+
+def test_copies_are_at_distance_zero() -> None:
+    x = 100 + torch.rand(60, 500, generator=torch.Generator().manual_seed(0))
+    assert kth_distances(torch.cat([x, x]), 1).eq(0).all()
+    assert nearest(x, x).distance.eq(0).all()
+    assert label_sharpness(torch.cat([x, x]), torch.arange(120) // 60) == math.inf
+
+
 def test_label_sharpness_is_one_over_the_least_distance_between_classes() -> None:
     x = torch.tensor([[0.0], [0.1], [1.0], [3.0]])
     assert label_sharpness(x, torch.tensor([0, 0, 1, 1])) == pytest.approx(1 / 0.9)

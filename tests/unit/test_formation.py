@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncfm.formation import decode, encode
+from ncfm.formation import decode, decode_tiles, encode
 
 SIZES = [((8, 8), 2), ((9, 9), 2), ((7, 7), 3), ((8, 5), 2), ((11, 6), 4), ((3, 3), 3)]
 
@@ -111,6 +111,15 @@ def test_gradient_reaches_every_stored_pixel(size: tuple[int, int], factor: int)
 def test_gradient_is_exact() -> None:
     images = random_images(1, 2, 5, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: decode(x, 2), (images,))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (32, 32)])
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_some_tiles_are_those_of_all_to_the_last_bit(size: tuple[int, int], factor: int) -> None:
+    images = torch.rand(50, 3, *size, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(50 * factor**2, generator=torch.Generator().manual_seed(1))
+    for index in (order[:13], order[:1], order[:0], order):
+        assert torch.equal(decode_tiles(images, factor, index), decode(images, factor)[index])
 
 
 def test_no_images() -> None:

@@ -7,7 +7,7 @@ from ncfm.seeding import keyed_generator, keyed_seed
 
 def test_seeds_are_stable_and_separate_their_keys() -> None:
     # Written down: a seed means the same in later versions and on other machines.
-    assert keyed_seed(0, "real_batch", 3, 7) == keyed_seed(0, "real_batch", 3, 7)
+    assert keyed_seed(0, "real_batch", 3, 7) == 720796901087851648
     seeds = {
         keyed_seed(s, p, i, c)
         for s in range(3)

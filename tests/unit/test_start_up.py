@@ -32,8 +32,8 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     assert not imported(code) & {*HEAVY, *COMPILER}
 
 
-def test_shard_tasks_do_without_torch() -> None:
-    modules = imported("import pipeline.shard_writer")
+def test_planning_shards_does_without_torch() -> None:
+    modules = imported("import pipeline.data.shards")
     assert not modules & {"torch", *HEAVY}
-    assert "pipeline.shard_writer" in modules
+    assert "pipeline.data.shards" in modules
     assert "torch" in imported("import ncfm")  # negative control

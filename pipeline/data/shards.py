@@ -1,18 +1,16 @@
-"""One shard: images of one class as a WebDataset tar whose bytes follow from its samples alone.
+"""WebDataset shards: images of one class as a tar whose bytes follow from its samples alone.
 
-Runs inside Ray tasks; it must not import torch, which would cost each of them seconds and memory.
+Writing runs inside Ray tasks. The webdataset library is imported when it is used: it imports torch,
+which takes seconds that the driver can do without.
 """
 
 import hashlib
 import io
 import json
 import pickle
-import tarfile
-import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +19,7 @@ from upath import UPath
 
 from pipeline.image_files import StorageError
 from pipeline.sources import Sample, Split
-from pipeline.stage import peak_rss_bytes, read_json, write_atomic
+from pipeline.stage import Manifest, peak_rss_bytes, read_json, write_atomic
 
 SUFFIX = {"png": "png", "jpeg": "jpg", "raw": "npy"}  # as webdataset and Ray Data decode them
 TAR_OVERHEAD = 2048  # bytes a sample: two headers, the label's block, padding
@@ -100,15 +98,13 @@ def write_shard(
     config: ShardConfig,
     directory: UPath,
     identity: str,
-    report: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Write a shard, and then its record as JSON beside it, unless both are there already.
 
     The shard has the members <key>.<suffix> (image) and <key>.cls (label); the record names the
     source's own keys in the same order. `identity` is the fingerprint of source and configuration.
     Images that cannot be read are left out and listed in the record; they are tried again when the
-    stage is. `report` is told, now and then, how many (images, bytes) have been dealt with since.
-    Raises StorageError if the storage fails.
+    stage is. Raises StorageError if the storage fails.
     """
     path, record_path = directory / f"{task.name}.tar", directory / f"{task.name}.json"
     known: Record | None = read_json(record_path)
@@ -122,7 +118,6 @@ def write_shard(
     encoded: dict[str, bytes] = {}
     bad: dict[str, str] = {}
     histogram = np.zeros(256 * config.channels, dtype=np.int64)
-    meter = _Meter(report)
     # As they lie in the source's files, which may be cheap to read in their order alone.
     for sample in sorted(task.samples, key=lambda sample: (sample.uri, sample.where)):
         try:
@@ -131,26 +126,13 @@ def write_shard(
             raise
         except Exception as error:  # whatever a decoder throws at a broken file
             bad[sample.key] = _reason(error)
-            meter.add(0)
             continue
         histogram += image.histogram()
         encoded[sample.key] = encode(image, config)
-        meter.add(len(encoded[sample.key]))
-    meter.tell()
-    label = str(task.class_index).encode()
-    buffer = io.BytesIO()
-    keys = []
-    for index, sample in enumerate(task.samples, task.first):
-        if sample.key in encoded:
-            name = f"{task.class_index:04d}-{index:07d}"
-            _add(buffer, f"{name}.{SUFFIX[config.encoding]}", encoded.pop(sample.key))
-            _add(buffer, f"{name}.cls", label)
-            keys.append(sample.key)
-    buffer.write(bytes(-(buffer.tell() + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
-    buffer.write(bytes(2 * tarfile.BLOCKSIZE))
+    keys = [sample.key for sample in task.samples if sample.key in encoded]
+    data = _tar(task, encoded, SUFFIX[config.encoding]) if keys else b""
     counts, values = histogram.reshape(config.channels, 256), np.arange(256)
     quarantine = [{"key": s.key, "reason": bad[s.key]} for s in task.samples if s.key in bad]
-    data = buffer.getvalue() if keys else b""
     record: Record = {
         "identity": identity,
         "name": task.name,
@@ -197,66 +179,52 @@ def encode(image: Image.Image, config: ShardConfig) -> bytes:
     return buffer.getvalue()
 
 
-class _Meter:
-    """Gathers what is to be reported: often enough to see it move, too seldom to cost time."""
+def _tar(task: ShardTask, encoded: dict[str, bytes], suffix: str) -> bytes:
+    """The shard's samples as webdataset writes them, without anything of this time or machine."""
+    from webdataset.writer import TarWriter
 
-    INTERVAL = 1.0  # seconds
-
-    def __init__(self, report: Callable[[int, int], None] | None) -> None:
-        self._report, self._images, self._bytes = report, 0, 0
-        self._told = time.monotonic()
-
-    def add(self, size: int) -> None:
-        """One image has been dealt with, and takes so many bytes."""
-        self._images += 1
-        self._bytes += size
-        if time.monotonic() - self._told > self.INTERVAL:
-            self.tell()
-
-    def tell(self) -> None:
-        """Report what has not been reported."""
-        if self._report and self._images:
-            self._report(self._images, self._bytes)
-        self._images, self._bytes, self._told = 0, 0, time.monotonic()
+    buffer = io.BytesIO()
+    writer = TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
+    label = str(task.class_index).encode()
+    for index, sample in enumerate(task.samples, task.first):
+        if sample.key in encoded:
+            key = f"{task.class_index:04d}-{index:07d}"
+            writer.write({"__key__": key, suffix: encoded.pop(sample.key), "cls": label})
+    writer.close()
+    return buffer.getvalue()
 
 
-def _add(tar: io.BytesIO, name: str, data: bytes) -> None:
-    """Append a file to a ustar archive, as the tarfile module would, which takes its time."""
-    tar.write(_header(name, len(data)))
-    tar.write(data)
-    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+class ShardError(StorageError):
+    """A shard is missing or damaged; the message names the file and says what to do."""
 
 
-def tar_bytes(size: int) -> int:
-    """Bytes that an image of so many bytes takes in a shard, with its label; and, of size 0, about
-    what a shard's end takes.
+def read_shard(directory: UPath, entry: Manifest) -> Iterator[tuple[str, bytes]]:
+    """The (suffix, encoded bytes) of a shard's images in their order. `entry` is what the manifest
+    says of it: the SHA-256 is compared first. Raises ShardError.
     """
-    if not size:
-        return tarfile.RECORDSIZE // 2 + 2 * tarfile.BLOCKSIZE
-    return 3 * tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
+    from webdataset.tariterators import tar_file_iterator
 
+    path = directory / entry["path"]
 
-def _header(name: str, size: int) -> bytes:
-    raw_name, raw_size = name.encode(), b"%011o" % size
-    blank = _blank_header()
-    checksum = sum(blank) + sum(raw_name) + sum(raw_size) - sum(blank[124:135])
-    return b"".join(
-        (
-            raw_name.ljust(100, b"\0"),
-            blank[100:124],
-            raw_size,
-            blank[135:148],
-            b"%06o\0 " % checksum,
-            blank[156:],
+    def error(what: str) -> ShardError:
+        return ShardError(
+            f"shard {path} is damaged: {what}. Delete it and the manifest.json in {directory}, "
+            "then run the shard stage again: it writes what is missing"
         )
-    )
 
-
-@cache
-def _blank_header() -> bytes:
-    """Of a file without a name, its checksum as blanks; time, owner and group are 0."""
-    header = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-    return header[:148] + b" " * 8 + header[156:]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as missing:
+        raise error("the file is missing") from missing
+    except OSError as failure:
+        raise StorageError(f"cannot read {path}: {failure.strerror or failure}") from failure
+    if len(data) != entry["bytes"]:
+        raise error(f"it has {len(data)} bytes, the manifest says {entry['bytes']}")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise error("its SHA-256 is not the manifest's")
+    # The class is the manifest's: the labels need not be read.
+    for file in tar_file_iterator(io.BytesIO(data), select_files=lambda n: not n.endswith(".cls")):
+        yield file["fname"].partition(".")[2], file["data"]
 
 
 def _reason(error: Exception) -> str:

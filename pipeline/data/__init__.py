@@ -1,0 +1,1 @@
+"""Real images: shards, the store of a node, and batches by index."""

@@ -1,0 +1,34 @@
+"""What is left of an error when Ray has wrapped it."""
+
+import pytest
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from pipeline.data.shards import ShardError
+from pipeline.image_files import StorageError
+from pipeline.workers import storage_error
+
+FULL = StorageError("the disk is full")
+
+
+def as_a_task(error: Exception) -> Exception:
+    wrapped: Exception = RayTaskError("f", "Traceback ...", error).as_instanceof_cause()
+    return wrapped
+
+
+def as_a_worker(error: Exception) -> Exception:
+    return WorkerGroupError("rank 1", {1: UserExceptionWithTraceback(error, "Traceback ...")})
+
+
+def chained(error: Exception) -> Exception:
+    later = RuntimeError("later")
+    later.__cause__ = error
+    return later
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, as_a_task, as_a_worker, chained])
+def test_a_storage_error_is_found_in_what_ray_makes_of_it(wrap) -> None:
+    for error in (FULL, ShardError("shard x is damaged")):
+        assert str(storage_error(wrap(error))) == str(error)
+    assert storage_error(wrap(ValueError("no"))) is None
