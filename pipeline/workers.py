@@ -281,8 +281,13 @@ def storage_error(error: BaseException) -> StorageError | None:
     """The StorageError in an exception, also as Ray wraps that of a task or of a Train worker; its
     message is one line, theirs a traceback. None if there is none.
     """
-    wrapped = [getattr(error, name, None) for name in ("cause", "_base_exc", "__cause__")]
-    for inner in [*wrapped, *getattr(error, "worker_failures", {}).values()]:
-        if isinstance(inner, BaseException) and (found := storage_error(inner)) is not None:
-            return found
-    return error if isinstance(error, StorageError) else None
+    waiting: list[Any] = [error]
+    seen: list[BaseException] = []
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, BaseException) and all(found is not other for other in seen):
+            seen.append(found)
+            waiting += [getattr(found, name, None) for name in ("cause", "_base_exc", "__cause__")]
+            waiting += getattr(found, "worker_failures", {}).values()
+    # The innermost: Ray's own exception of a task is a StorageError, too.
+    return next((each for each in reversed(seen) if isinstance(each, StorageError)), None)
