@@ -125,9 +125,8 @@ def _labelled(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 class Extractors:
     """The networks of an audit, with their frequencies and projections."""
 
-    def __init__(self, job: AuditJob) -> None:
-        self.job, self.spec = job, job.store.spec
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, job: AuditJob, device: str) -> None:
+        self.job, self.spec, self.device = job, job.store.spec, device
         self.networks, self.frequencies, self.projections = [], [], []
         for place, (model, pool) in enumerate(job.extractors):
             network = new_network(model, self.spec, seed=0)  # its weights are the pool's
@@ -180,11 +179,11 @@ def shrunk(images: Tensor) -> Tensor:
     return scaled
 
 
-def measure_sets(job: AuditJob) -> bytes:
+def measure_sets(job: AuditJob, device: str) -> bytes:
     """All sets as the extractors see them: safetensors of "<set>/<draw>/<extractor>/<what>" and
     "<set>/<draw>/pixels", "labels". Runs inside a Ray task.
     """
-    extractors, tensors = Extractors(job), {}
+    extractors, tensors = Extractors(job, device), {}
     for name, draw, images, labels in job.sets():
         tensors[f"{name}/{draw}/pixels"] = shrunk(images)
         tensors[f"{name}/{draw}/labels"] = labels
@@ -227,8 +226,8 @@ def train_pieces(store: Store) -> list[Piece]:
 class ShardPass:
     """Ray Data's worker: what one shard of real images adds."""
 
-    def __init__(self, job: AuditJob, sets: UPath) -> None:
-        self.job, self.extractors = job, Extractors(job)
+    def __init__(self, job: AuditJob, sets: UPath, device: str) -> None:
+        self.job, self.extractors = job, Extractors(job, device)
         tensors = unpack(sets.read_bytes())
         self.pixels = {key: value for key, value in tensors.items() if key.endswith("/pixels")}
         self.pieces = train_pieces(job.store)
@@ -283,7 +282,7 @@ def pass_over_shards(job: AuditJob, sets: UPath, workers: Workers) -> list[dict[
     count = len(train_pieces(job.store))
     rows = ray.data.from_items([{"shard": place} for place in range(count)]).map_batches(
         ShardPass,
-        fn_constructor_kwargs={"job": job, "sets": sets},
+        fn_constructor_kwargs={"job": job, "sets": sets, "device": workers.device},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers.count, count)),
         num_gpus=1 if workers.use_gpu else 0,
@@ -327,7 +326,7 @@ def audit(job: AuditJob, workers: Workers, *, directory: UPath) -> Manifest:
 
     task = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0)(measure_sets)
     path = directory / "sets.safetensors"  # for workers that are started again, too
-    write_atomic(path, ray.get(task.remote(job)))
+    write_atomic(path, ray.get(task.remote(job, workers.device)))
     real = real_side(job, pass_over_shards(job, path, workers))
     content = summarise(job, unpack(path.read_bytes()), real)
     path.unlink()

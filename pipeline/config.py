@@ -253,6 +253,14 @@ class UsageError(Exception):
     """
 
 
+def missing_package(option: str, extra: str) -> UsageError:
+    """The error of an option that needs an extra of pyproject.toml which is not installed."""
+    return UsageError(
+        f"{option} needs the extra {extra}: `uv run --extra {extra} pipeline/run.py ...`, "
+        f"or `pip install '.[{extra}]'` in a checkout"
+    )
+
+
 def parse_command(argv: Sequence[str]) -> Command:
     """The stages to run and the resolved configuration. Raises UsageError.
 

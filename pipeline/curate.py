@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from upath import UPath
 
 from ncfm import load
@@ -32,10 +31,9 @@ class CurateJob:
     model: ModelConfig
     config: CurateConfig
 
-    def run(self) -> Manifest:
+    def run(self, device: str) -> Manifest:
         """Write the set with soft labels; runs inside a Ray task."""
         synthetic = load(self.distilled)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         count = min(self.config.networks, self.networks)
         teachers = pool_networks(self.pool, count, self.model, synthetic.spec)
         made = add_soft_labels(synthetic, teachers, self.config, device=device)
@@ -56,9 +54,9 @@ def pool_networks(
 
 
 def curate(job: CurateJob, workers: Workers) -> Manifest:
-    """Make the soft labels in a Ray task, where a GPU is if there is any."""
+    """Make the soft labels in a Ray task."""
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0)(CurateJob.run)
-    result: Manifest = ray.get(task.remote(job))
+    result: Manifest = ray.get(task.remote(job, workers.device))
     return result

@@ -83,7 +83,7 @@ def distill_loop(arguments: dict[str, Any]) -> None:
     job: DistillJob = arguments["job"]
     if fatal_error(job.checkpoints) is not None:
         return  # started again after an error that would only come again: the driver reports it
-    loop = Loop(job)
+    loop = Loop(job, arguments["device"])
     try:
         loop.run()
     except NonFiniteLossError as error:
@@ -94,8 +94,8 @@ def distill_loop(arguments: dict[str, Any]) -> None:
 class Loop:
     """One worker's share of the classes, and what it tells of it."""
 
-    def __init__(self, job: DistillJob) -> None:
-        self.job, self.context, self.costs = job, current_context(), job.costs()
+    def __init__(self, job: DistillJob, device: str) -> None:
+        self.job, self.context, self.costs = job, current_context(device), job.costs()
         spec = job.store.spec
         self.class_names = spec.class_names
         self.groups = assign(self.costs, self.context.world_size)

@@ -89,7 +89,7 @@ class EvaluationTask:
             parts.append(list(self.classes))
         return cache / f"{fingerprint(*parts)}.json"
 
-    def training_set(self) -> ImageSource:
+    def training_set(self, device: str) -> ImageSource:
         """The images that the network learns from, labels as in the whole set."""
         spec = self.store.spec
         classes = self.classes or tuple(range(spec.num_classes))
@@ -98,14 +98,14 @@ class EvaluationTask:
         if self.set in ("distilled", "distilled_soft"):
             made = load(self.distilled).of_classes(classes)
         elif self.set == "herding":
-            made = self._herding(classes)
+            made = self._herding(classes, device)
         else:
             made = self.random_images(classes)
         if self.set == "random_soft":
             count = min(self.curate.networks, self.networks)
             teachers = pool_networks(self.pool, count, self.pool_model, spec)
-            made = add_soft_labels(made, teachers, self.curate, device=_device())
-        return made.source(soft=self.is_soft, device=_device())
+            made = add_soft_labels(made, teachers, self.curate, device=device)
+        return made.source(soft=self.is_soft, device=device)
 
     def random_images(self, classes: Sequence[int]) -> SyntheticSet:
         """Random real images, stored as the synthetic ones are. Another draw in every repeat: the
@@ -127,7 +127,7 @@ class EvaluationTask:
         labels = torch.tensor(classes).repeat_interleave(self.ipc)
         return SyntheticSet(torch.cat(images), labels, factor, self.store.spec)
 
-    def _herding(self, classes: Sequence[int]) -> SyntheticSet:
+    def _herding(self, classes: Sequence[int], device: str) -> SyntheticSet:
         """Real images that herding chooses; each repeat by the features of another network."""
         spec = self.store.spec
         network = new_network(self.pool_model, spec, seed=0)  # its weights are the pool's
@@ -139,17 +139,17 @@ class EvaluationTask:
                 self.ipc,
                 network,
                 spec,
-                device=_device(),
+                device=device,
             )
             for c in classes
         ]
         labels = torch.tensor(classes).repeat_interleave(self.ipc)
         return SyntheticSet(torch.cat(chosen), labels, 1, spec)
 
-    def run(self, threads: int = 1) -> dict[str, Any]:
+    def run(self, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         """Train and test; runs inside a Ray task. The threads make no difference to the result."""
         torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
-        spec, train_on = self.store.spec, self.training_set()
+        spec, train_on = self.store.spec, self.training_set(device)
         test_on: ImageSource = StoredImages(self.store, "val", self.classes)
         if self.classes is not None:
             spec = dataclasses.replace(
@@ -164,8 +164,8 @@ class EvaluationTask:
             model=self.model,
             training=self.training,
             seed=keyed_seed(self.seed, "evaluate", self.repeat),
-            device=_device(),
-            tail=tail.training_set() if tail else None,
+            device=device,
+            tail=tail.training_set(device) if tail else None,
             tail_epochs=self.hard_epochs,
             legacy_every=self.legacy_every,
             threads=threads,
@@ -189,10 +189,6 @@ def _per_class(confusion: Tensor) -> list[float]:
     counts = confusion.sum(1).clamp_min(1)
     found: list[float] = (confusion.diagonal() / counts).tolist()
     return found
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def evaluate(tasks: Sequence[EvaluationTask], cache: UPath, workers: Workers) -> Manifest:
@@ -237,7 +233,7 @@ def run_tasks(
     while todo or pending:
         while todo and threads[0] <= free:
             path, mine = todo.pop(0), threads.pop(0)
-            task = remote.options(num_cpus=mine).remote(waiting[path], mine)
+            task = remote.options(num_cpus=mine).remote(waiting[path], mine, workers.device)
             pending[task], free = (path, mine), free - mine
         ready, _ = ray.wait(list(pending))
         path, mine = pending.pop(ready[0])

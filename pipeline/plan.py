@@ -86,7 +86,8 @@ def make_plan(config: RunConfig, source: Source, toml: str) -> Plan:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
     use_gpu = config.plan.gpu is not None or (gpus > 0 and config.use_gpu is not False)
-    here = gpus if gpus and use_gpu else cpus
+    probe_gpus = gpus > 0 and config.use_gpu is not False
+    here = gpus if probe_gpus else cpus
     workers = config.num_workers or min(here, most_workers(costs))
     groups = assign(costs, workers)
     busiest = max(groups, key=lambda group: group.cost(costs))
@@ -98,6 +99,7 @@ def make_plan(config: RunConfig, source: Source, toml: str) -> Plan:
             real=mine,
             threads=1,
             seconds=config.plan.probe_s,
+            device="cuda" if probe_gpus else "cpu",
         ),
         count=min(workers, here),
     )

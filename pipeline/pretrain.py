@@ -64,7 +64,7 @@ def pretrain(job: PretrainJob, workers: Workers, *, storage: UPath, max_failures
 def pretrain_loop(arguments: dict[str, Any]) -> None:
     """Train this worker's share of `members`."""
     job: PretrainJob = arguments["job"]
-    context = current_context()
+    context = current_context(arguments["device"])
     spec = job.store.spec
     images = {split: StoredImages(job.store, split) for split in ("train", "val")}
     own_members, epochs = arguments["members"][context.rank :: context.world_size], 0

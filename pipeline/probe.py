@@ -41,6 +41,7 @@ class Request:
     real: list[int]  # real images in a batch, of each class that the worker has
     threads: int
     seconds: float  # how long the steps may take, about
+    device: str = "cpu"  # "cpu", or "cuda": one GPU a probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,14 @@ class Answer:
 def run_probes(request: Request, count: int) -> list[Answer]:
     """So many probes side by side, as workers would be on this machine. Raises StageError."""
     with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(_run_probe, [request] * count))
+        return list(threads.map(_run_probe, probe_requests(request, count)))
+
+
+def probe_requests(request: Request, count: int) -> list[Request]:
+    """The requests of that many probes; on GPUs each has its own."""
+    if request.device != "cuda":
+        return [request] * count
+    return [dataclasses.replace(request, device=f"cuda:{place}") for place in range(count)]
 
 
 def _run_probe(request: Request) -> Answer:
@@ -109,7 +117,9 @@ def probe(request: Request) -> Answer:
 
     torch.set_num_threads(request.threads)
     config = changed_command(request.toml, {}).config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(request.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     spec = image_spec(config, request.classes)
     network = new_network(config.model, spec, seed=0)
     state = {name: value.clone() for name, value in network.state_dict().items()}
@@ -127,7 +137,7 @@ def probe(request: Request) -> Answer:
     part = whole if expected <= request.seconds else whole.scaled(request.seconds / expected)
     seconds = _time_steps(config, spec, pool, part, device, steps=steps)
     working = (peak_rss_bytes() - before) * whole.kept(config) / part.kept(config)
-    reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return Answer(
         step_s=seconds * whole.passes(config) / part.passes(config),
         whole=part == whole,
@@ -191,7 +201,7 @@ def _time_steps(
         batches = {c: batch[torch.randperm(len(batch))] for c, batch in real.items()}
         distiller.update(batches)
 
-    return _median(step, steps)
+    return _median(step, steps, device)
 
 
 def _time_training(config: RunConfig, spec: ImageSpec, device: torch.device) -> float:
@@ -201,16 +211,19 @@ def _time_training(config: RunConfig, spec: ImageSpec, device: torch.device) -> 
     shape = (count, spec.channels, spec.image_size, spec.image_size)
     data = InMemoryImages(torch.randint(256, shape).byte(), torch.arange(count) % spec.num_classes)
     network = new_network(config.model, spec, seed=0)
-    return _median(lambda: train(network, data, spec, training, seed=0, device=device), 1) / count
+    return (
+        _median(lambda: train(network, data, spec, training, seed=0, device=device), 1, device)
+        / count
+    )
 
 
-def _median(work: Callable[[], object], times: int) -> float:
+def _median(work: Callable[[], object], times: int, device: torch.device) -> float:
     seconds = []
     for _ in range(1 + times):
         began = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 

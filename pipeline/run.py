@@ -2,13 +2,18 @@
 
 import sys
 
+from upath import UPath
+
 from pipeline.config import UsageError, exit_with_usage_error, parse_command
+from pipeline.failures import WorkerError, worker_error
+from pipeline.image_files import StorageError
 from pipeline.sources import SourceError
-from pipeline.stage import StageError
+from pipeline.stage import StageError, write_atomic
 
 
 def main() -> None:
     """Run the stages that the command line asks for."""
+    directory: UPath | None = None
     try:
         if sys.argv[1:2] == ["compare"]:
             from pipeline.reporting.compare import compare_command
@@ -21,9 +26,8 @@ def main() -> None:
 
             print(clean_command(command.config))  # noqa: T201
             return
-        from pipeline.stages import (
-            Run,
-        )  # after the parsing: --help and a wrong option need none of this
+        directory = command.config.run_directory
+        from pipeline.stages import Run  # after the parsing: --help and errors need none of this
 
         run = Run(command)
         if command.stages != ("plan",):  # which writes nothing
@@ -31,19 +35,30 @@ def main() -> None:
         stages = run.stages()
         for name in command.stages:
             stages[name]()
-    except (UsageError, SourceError) as error:
+    except (UsageError, SourceError, StorageError) as error:
         exit_with_usage_error(error)
     except StageError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{_traceback_file(directory, error)}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Exception as error:
         from pipeline.workers import storage_error
 
-        if (storage := storage_error(error)) is None:
+        if (storage := storage_error(error)) is not None:
+            exit_with_usage_error(storage)
+        if "ray" not in sys.modules or (found := worker_error(error)) is None:
             raise
-        exit_with_usage_error(storage)
+        sys.exit(f"error: {found}{_traceback_file(directory, found)}")
+
+
+def _traceback_file(directory: UPath | None, error: StageError) -> str:
+    """Write a worker's traceback into the run's directory; where, in words."""
+    if directory is None or not isinstance(error, WorkerError):
+        return ""
+    path = directory / "error.txt"
+    write_atomic(path, error.details)
+    return f" (traceback: {path})"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -48,7 +48,14 @@ from pipeline.tracking import TrackedRun, check_tracking, dotted
 from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search import build_sampler, check_search, input_values
 from pipeline.tuning.trial import SweepJob, input_key
-from pipeline.workers import Workers, connect, set_ray_environment, size_workers
+from pipeline.workers import (
+    WaitingNotice,
+    Workers,
+    connect,
+    joins,
+    set_ray_environment,
+    size_workers,
+)
 
 
 class Run:
@@ -65,6 +72,8 @@ class Run:
         self.directory: UPath = self.config.run_directory
         self.toml = command.toml
         self.source: Source = open_source(self.config.source)
+        self._notice: WaitingNotice | None = None
+        self._said: set[str] = set()
 
     def stages(self) -> dict[str, Callable[[], Manifest]]:
         """The stages by name, in order; the last ones run only when they are named."""
@@ -94,14 +103,37 @@ class Run:
             ) from error
 
     def _workers(self, items: int) -> Workers:
+        cfg = self.config
         connect()
-        return size_workers(self.config.num_workers, self.config.use_gpu, items)
+        workers = size_workers(cfg.num_workers, cfg.use_gpu, items, grows=joins())
+        if joins() and cfg.use_gpu is None and not workers.use_gpu:
+            self._say_once(
+                "[cluster] no GPU in the cluster: workers use CPUs; where GPUs come on demand, "
+                "ask for them with --use_gpu true --num_workers N"
+            )
+        self._wait_for(workers.needs)
+        return workers
+
+    def _wait_for(self, needs: Mapping[str, float]) -> None:
+        """Say what is waited for, until the stage ends."""
+        if self._notice is not None:
+            self._notice.end()
+        self._notice = WaitingNotice(needs, lambda text: _log(f"[cluster] {text}"))
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log(text)
 
     def _stage(
         self, name: str, directory: UPath, identity: str, build: Callable[[], Manifest]
     ) -> Manifest:
         """Run a stage and write its time and memory into the run's stages.json."""
-        manifest = run_stage(name, directory, identity, build, log=_log)
+        try:
+            manifest = run_stage(name, directory, identity, build, log=_log)
+        finally:
+            if self._notice is not None:
+                self._notice.end()
         path = self.directory / "stages.json"
         entry = {
             key: manifest[key] for key in ("seconds", "peak_rss_bytes", "reused", "fingerprint")
@@ -129,6 +161,7 @@ class Run:
 
         def build() -> Manifest:
             connect()
+            self._wait_for({"CPU": 1.0})
             return shard(self.source, self.config.shard, self.shard_directory)
 
         found = self._stage("shard", self.shard_directory, self.shard_directory.name, build)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from upath import UPath
 
-from pipeline.config import TrackingConfig, UsageError
+from pipeline.config import TrackingConfig, UsageError, missing_package
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,7 @@ def check_tracking(config: TrackingConfig) -> None:
     """Raise UsageError if a package is missing, before anything starts."""
     for package, wanted in (("mlflow", config.mlflow), ("wandb", config.wandb)):
         if wanted is not None and find_spec(package) is None:
-            raise UsageError(
-                f"tracking.{package} needs the package {package}: pip install 'ncfm-ray[{package}]'"
-            )
+            raise missing_package(f"tracking.{package}", package)
     if config.mlflow is not None:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from upath import UPath
 
 from pipeline.config import UsageError
+from pipeline.failures import guarded, raise_recorded, worker_error
 from pipeline.image_files import StorageError
 
 logger = logging.getLogger(__name__)
@@ -45,29 +46,36 @@ class WorkerContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def current_context() -> WorkerContext:
+def current_context(device: str = "cpu") -> WorkerContext:
     """The context of this process: of its torch.distributed group if it is in one, else a worker
     alone.
+
+    `device` is the run's decision (`Workers.device`): a process may see GPUs that are not its own.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    return WorkerContext(rank=rank, world_size=world_size, device=device)
+    found = torch.device(device)
+    if found.type == "cuda":  # Ray Train has made the worker's own GPU the current one
+        found = torch.device("cuda", torch.cuda.current_device())
+    return WorkerContext(rank=rank, world_size=world_size, device=found)
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The size of a worker group."""
+    """The size of a worker group, and what each of it takes."""
 
     count: int
     use_gpu: bool
+    cpus: float = 1.0  # of each worker
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """The resources of all of them, as Ray calls them."""
+        needs = {"CPU": self.count * self.cpus}
+        return {"GPU": float(self.count), **needs} if self.use_gpu else needs
 
     @property
     def device(self) -> str:
-        """What torch calls it."""
+        """Where its workers compute, as torch calls it: decided here, and handed down."""
         return "cuda" if self.use_gpu else "cpu"
 
 
@@ -75,6 +83,11 @@ def set_ray_environment() -> None:
     """Set what is not set of ENVIRONMENT: before Ray's first import, when it reads some of it."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def joins() -> bool:
+    """Whether this run joins a cluster, to which nodes may still come, instead of starting one."""
+    return "RAY_ADDRESS" in os.environ
 
 
 def connect() -> None:
@@ -86,9 +99,9 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    logging.getLogger("ray").setLevel(logging.ERROR)  # its notices; errors of a run are exceptions
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.WARNING)  # no notices
+    if joins():
+        ray.init(logging_level=logging.WARNING)
     else:
         # Ray Train frees the places of its workers through the dashboard, and finds it by this
         # address: without one, or beside the cluster of somebody else, it cannot.
@@ -98,7 +111,7 @@ def connect() -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
-            logging_level=logging.ERROR,
+            logging_level=logging.WARNING,
             object_store_memory=512 * 2**20,
             include_dashboard=True,
             dashboard_host="127.0.0.1",
@@ -116,21 +129,63 @@ def _free_port() -> int:
     return port
 
 
-def size_workers(num_workers: int | None, use_gpu: bool | None, num_items: int) -> Workers:
+def size_workers(
+    num_workers: int | None, use_gpu: bool | None, num_items: int, *, grows: bool = False
+) -> Workers:
     """How many workers for num_items classes or networks: as asked, else one a GPU, else one a CPU.
 
-    Raises UsageError if more GPUs are asked for than the cluster has.
+    On a cluster that `grows` what is alive by now limits nothing that is asked for: Ray brings up
+    nodes for workers that have no place yet. Raises UsageError if more GPUs are asked for than a
+    cluster has that does not grow.
     """
     import ray
 
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0.0)
     with_gpu = gpus > 0 if use_gpu is None else use_gpu
-    if with_gpu and gpus < (num_workers or 1):
+    if with_gpu and not grows and gpus < (num_workers or 1):
         raise UsageError(
             f"use_gpu true with {num_workers or 1} workers, but the cluster has {gpus} GPUs"
         )
-    return Workers(max(1, min(num_workers or (gpus if with_gpu else cpus), num_items)), with_gpu)
+    alive = gpus if with_gpu else int(cpus)
+    count = max(1, min(num_workers or alive, num_items))
+    return Workers(count, with_gpu, 1.0 if grows else min(1.0, cpus / count))
+
+
+NOTICE_S = 30.0
+"""Seconds between two lines that say what a stage waits for."""
+
+
+def lacking(needs: Mapping[str, float], resources: Mapping[str, float]) -> str | None:
+    """What of the needs a cluster with these resources does not have, in words."""
+    short = [name for name, need in needs.items() if resources.get(name, 0) < need - 1e-6]
+    if not short:
+        return None
+    wanted = " and ".join(f"{needs[name]:g} {name}" for name in short)
+    there = " and ".join(f"{resources.get(name, 0):g}" for name in short)
+    return f"waiting for nodes: {wanted} wanted, {there} there"
+
+
+class WaitingNotice:
+    """Says every `every` seconds what of its needs a stage is still waiting for, until it ends."""
+
+    def __init__(
+        self, needs: Mapping[str, float], say: Callable[[str], None], every: float = NOTICE_S
+    ) -> None:
+        self._ended = threading.Event()
+
+        def watch() -> None:
+            import ray
+
+            while not self._ended.wait(every):
+                if ray.is_initialized() and (text := lacking(needs, ray.cluster_resources())):
+                    say(text)
+
+        threading.Thread(target=watch, name="waiting", daemon=True).start()
+
+    def end(self) -> None:
+        """The stage has ended."""
+        self._ended.set()
 
 
 def ray_storage(storage: UPath) -> dict[str, Any]:
@@ -161,24 +216,33 @@ def fit(
     """Run a loop on a group of Ray Train workers; a failed group is started again up to
     max_failures times, with fewer workers, but at least min_workers, if nodes are gone.
 
-    `loop` must live in an importable module. Its results are the files it writes. A worker waits
-    for the others for at most timeout_s.
+    `loop` must live in an importable module; it gets `arguments` and the workers' "device". Its
+    results are the files it writes. A worker waits for the others for at most timeout_s. Raises
+    WorkerError: at once for errors that would only come again.
     """
-    import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import (
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cpus = float(ray.cluster_resources().get("CPU", 1))
-    per_worker = {"CPU": min(1.0, cpus / workers.count)}
+    per_worker = {"CPU": workers.cpus}
     if workers.use_gpu:
         per_worker["GPU"] = 1
     # Ray Train V1's stubs know no range.
     count: Any = workers.count
     if min_workers is not None:
         count = (min(min_workers, count), count)
+    storage.mkdir(parents=True, exist_ok=True)
+    failure = storage / f"{name}.failure.txt"
+    failure.unlink(missing_ok=True)
+    own = {"loop": loop, "failure": failure, "device": workers.device}
     trainer = TorchTrainer(
-        loop,
-        train_loop_config=dict(arguments),
+        guarded,
+        train_loop_config={**arguments, **own},
         torch_config=TorchConfig(timeout_s=math.ceil(timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=count,
@@ -205,15 +269,25 @@ def fit(
             done.set_result(None)
 
     threading.Thread(target=work, name="fit", daemon=True).start()
-    done.result()
+    try:
+        done.result()
+    except TrainingFailedError as error:
+        raise_recorded(failure)
+        raise storage_error(error) or worker_error(error) or error from error
+    raise_recorded(failure)
 
 
 def storage_error(error: BaseException) -> StorageError | None:
     """The StorageError in an exception, also as Ray wraps that of a task or of a Train worker; its
     message is one line, theirs a traceback. None if there is none.
     """
-    wrapped = [getattr(error, name, None) for name in ("cause", "_base_exc", "__cause__")]
-    for inner in [*wrapped, *getattr(error, "worker_failures", {}).values()]:
-        if isinstance(inner, BaseException) and (found := storage_error(inner)) is not None:
-            return found
-    return error if isinstance(error, StorageError) else None
+    waiting: list[Any] = [error]
+    seen: list[BaseException] = []
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, BaseException) and all(found is not other for other in seen):
+            seen.append(found)
+            waiting += [getattr(found, name, None) for name in ("cause", "_base_exc", "__cause__")]
+            waiting += getattr(found, "worker_failures", {}).values()
+    # The innermost: Ray's own exception of a task is a StorageError, too.
+    return next((each for each in reversed(seen) if isinstance(each, StorageError)), None)

@@ -1,9 +1,13 @@
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before Ray is imported: under `uv run` it would start every worker through `uv run` again.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

@@ -10,7 +10,14 @@ from typing import Any, Protocol
 from upath import UPath
 
 from ncfm.seeding import keyed_seed
-from pipeline.config import Command, RunConfig, UsageError, changed_command, check_types
+from pipeline.config import (
+    Command,
+    RunConfig,
+    UsageError,
+    changed_command,
+    check_types,
+    missing_package,
+)
 from pipeline.stage import fingerprint, read_json, write_atomic
 from pipeline.tracking import dotted
 from pipeline.tuning import TUNE_VERSION
@@ -64,9 +71,7 @@ def check_search(command: Command) -> None:
                 raise UsageError(f"tune.space {key!r}: {error}") from None
     if config.tune.sampler == "optuna":
         if find_spec("optuna") is None:
-            raise UsageError(
-                "tune.sampler optuna needs the package optuna: pip install 'ncfm-ray[optuna]'"
-            )
+            raise missing_package("tune.sampler optuna", "optuna")
         return
     sampler = RandomSampler(config.tune, config.seed, own_values(config))
     for number, values in sampler.known().items():

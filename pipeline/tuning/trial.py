@@ -29,7 +29,6 @@ from pipeline.stage import canonical_json, fingerprint, peak_rss_bytes, read_jso
 from pipeline.tracking import TrackedRun, Trackers
 from pipeline.tuning import TUNE_VERSION
 from pipeline.tuning.search_space import INPUTS, Values, override
-from pipeline.workers import current_context
 
 Result = dict[str, Any]
 """Of a rung: step, accuracy (the mean), accuracies, seconds, peak_rss_bytes."""
@@ -63,7 +62,7 @@ class TrialJob:
     def _path(self, rung: int) -> UPath:
         return self.directory / f"rung-{rung}.json"
 
-    def run(self, report: Callable[[Result], None]) -> None:
+    def run(self, report: Callable[[Result], None], device: str) -> None:
         """Distil and evaluate, rung by rung. Raises what distillation and training raise."""
         self.directory.mkdir(parents=True, exist_ok=True)
         done = self.results()
@@ -76,8 +75,8 @@ class TrialJob:
             began = time.monotonic()
             steps = self.rungs[rung]
             config = replace(self.distill.distill, num_steps=steps)
-            Loop(replace(self.distill, distill=config)).run(progress)
-            accuracies = self._accuracies(steps)
+            Loop(replace(self.distill, distill=config), device).run(progress)
+            accuracies = self._accuracies(steps, device)
             result = {
                 "step": steps,
                 "accuracy": statistics.fmean(accuracies),
@@ -89,13 +88,13 @@ class TrialJob:
             write_atomic(self._path(rung), json.dumps(result))
             report(result)
 
-    def _accuracies(self, steps: int) -> list[float]:
+    def _accuracies(self, steps: int, device: str) -> list[float]:
         """Of fresh networks trained on the set after so many steps, on the split `select`."""
         job = self.distill
         state = load_checkpoint(job.checkpoints, at_most=steps)
         if state is None or int(state["step"]) != steps:
             raise RuntimeError(f"no checkpoint of step {steps} in {job.checkpoints}")
-        spec, device = job.store.spec, current_context().device
+        spec = job.store.spec
         classes = range(spec.num_classes)
         images = torch.cat([state[f"class/{c}/images"].float() for c in classes])
         labels = torch.tensor(classes).repeat_interleave(job.ipc)
@@ -187,7 +186,7 @@ def input_key(values: Mapping[str, object]) -> str:
     return canonical_json({k: v for k, v in values.items() if k.partition(".")[0] in INPUTS})
 
 
-def run_trial(config: dict[str, Any], *, sweep: SweepJob) -> None:
+def run_trial(config: dict[str, Any], *, sweep: SweepJob, device: str) -> None:
     """The function that Ray Tune runs, on a worker.
 
     What would only fail again (a loss that is no number) is a result, not an error to retry.
@@ -196,6 +195,7 @@ def run_trial(config: dict[str, Any], *, sweep: SweepJob) -> None:
 
     number, values = config["number"], json.loads(config["values"])
     try:
-        sweep.trial(number, values).run(lambda result: tune.report({"number": number, **result}))
+        trial = sweep.trial(number, values)
+        trial.run(lambda result: tune.report({"number": number, **result}), device)
     except (NonFiniteLossError, FloatingPointError) as error:
         tune.report({"number": number, "failure": str(error)})

@@ -257,6 +257,11 @@ class TrialResources:
     gpus: float
     concurrent: int
 
+    @property
+    def device(self) -> str:
+        """Where trials compute, as torch calls it."""
+        return "cuda" if self.gpus else "cpu"
+
 
 def trial_resources(config: TuneConfig, *, use_gpu: bool) -> TrialResources:
     """From the cluster as it is now. Raises UsageError if there is no room for one trial."""
@@ -264,7 +269,7 @@ def trial_resources(config: TuneConfig, *, use_gpu: bool) -> TrialResources:
     gpus = config.gpus_per_trial if use_gpu else 0.0
     room = int(found.get("CPU", 0) / config.cpus_per_trial + 1e-9)
     if gpus:
-        room = min(room, int(found["GPU"] / gpus + 1e-9))
+        room = min(room, int(found.get("GPU", 0) / gpus + 1e-9))
     if room < 1 and config.max_concurrent is None:
         raise UsageError(
             f"a trial asks for {config.cpus_per_trial:g} CPUs and {gpus:g} GPUs, more than the "
@@ -295,7 +300,7 @@ def _run(board: Board, waiting: list[int], resources: TrialResources, *, storage
     config = board.config
     os.environ.update(ENVIRONMENT)
     trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run_trial, sweep=board.sweep),
+        ray.tune.with_parameters(run_trial, sweep=board.sweep, device=resources.device),
         {"CPU": resources.cpus, "GPU": resources.gpus},
     )
     tuner = ray.tune.Tuner(

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -67,7 +68,7 @@ def serve(variant: str, pipe: Connection) -> None:
         def build(*args: Any, **options: Any) -> Classifier:
             return plain(build_model(*args, **options))
 
-        ncfm.evaluate.build_model = build  # type: ignore[attr-defined]
+        sys.modules["ncfm.evaluate"].build_model = build  # type: ignore[attr-defined]
     config = parse_command(["--config", str(PRESETS / "builtin.toml")]).config
     spec = ImageSpec(
         channels=3, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3,

@@ -80,6 +80,7 @@ def ray_environment(scratch: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(scratch),
         "RAY_TMPDIR": str(scratch),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_PORT": str(free_ports(6)),
         "OBJECT_STORE_MEMORY": "100000000",
         "CUDA_VISIBLE_DEVICES": "",

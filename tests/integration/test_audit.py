@@ -60,8 +60,8 @@ def values(content: dict, measure: str) -> dict[str, float]:
 def in_process(job: AuditJob, folder: Path) -> dict:
     """The audit without Ray: what a worker does, shard by shard."""
     sets = UPath(folder / "sets.safetensors")
-    sets.write_bytes(measure_sets(job))
-    worker = ShardPass(job, sets)
+    sets.write_bytes(measure_sets(job, "cpu"))
+    worker = ShardPass(job, sets, "cpu")
     parts = [
         unpack(worker({"shard": np.array([place])})["data"][0])
         for place in range(len(worker.starts) - 1)
@@ -119,7 +119,7 @@ def test_the_sums_of_the_pass_are_those_of_all_images(job: AuditJob, content: di
     from ncfm.discrepancy import empirical_cf
     from ncfm.fidelity import cf_distance
 
-    extractors = Extractors(job)
+    extractors = Extractors(job, "cpu")
     synthetic = ncfm.load(job.distilled)
     real, (images, labels) = job.store.images("train"), synthetic.decode()
     t = extractors.frequencies[0]

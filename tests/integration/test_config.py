@@ -44,14 +44,6 @@ def test_a_preset_in_an_object_store() -> None:
     assert (config.ipc, str(config.run_directory)) == (7, "memory://runs/best")
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_preset_loads(preset: Path) -> None:
-    arguments = ["--config", str(preset)]
-    if 'kind = "folder"' in preset.read_text():
-        arguments += ["--source.path", str(preset.parent)]
-    parse_command(arguments)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

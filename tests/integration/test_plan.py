@@ -1,5 +1,6 @@
 """What `plan` predicts, against what runs really took."""
 
+import os
 import statistics
 from pathlib import Path
 
@@ -115,6 +116,14 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked[0][0].real == [64, 64], "each of five workers has two classes"
     assert plan.distill_s == 24 * 1.0
     assert plan.memory == 2**30 + 2 * 200 * 3 * 32**2, "and their images"
+    assert (asked[-1][0].device, asked[-1][1]) == ("cpu", min(5, len(os.sched_getaffinity(0))))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    for options, device in (((), "cuda"), (("--use_gpu", "false"), "cpu")):
+        found = runner(tmp_path, "--num_workers", "5", *options)
+        plan = make_plan(found.config, found.source, found.toml)
+        assert (plan.use_gpu, asked[-1][0].device) == (device == "cuda", device)
+    assert asked[-2][1] == 3, "a probe on every GPU, not five on three"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     found = runner(tmp_path, "--plan.gpu", "X", "--num_workers", "1")
     plan = make_plan(found.config, found.source, found.toml)
     assert (plan.use_gpu, plan.gpu_memory) == (True, 2**28)

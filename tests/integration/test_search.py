@@ -96,7 +96,7 @@ def test_options_that_must_fit_each_other_are_judged_together(tmp_path: Path) ->
 def test_optuna_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = command(tmp_path, '[tune]\nsampler = "optuna"\n[tune.space.ipc]\nchoice = [1]')
     monkeypatch.setattr("pipeline.tuning.search.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'ncfm-ray\[optuna\]'"):
+    with pytest.raises(UsageError, match=r"uv run --extra optuna pipeline"):
         check_search(found)
 
 

@@ -99,7 +99,7 @@ def test_a_missing_package_is_a_usage_error(
 ) -> None:
     monkeypatch.setattr("pipeline.tracking.find_spec", lambda name: None)
     command = parse_command([f"--tracking.{package}", "x", "--storage_path", str(tmp_path)])
-    with pytest.raises(UsageError, match=rf"pip install 'ncfm-ray\[{package}\]'"):
+    with pytest.raises(UsageError, match=rf"uv run --extra {package} pipeline"):
         Run(command)
 
 

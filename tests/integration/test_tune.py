@@ -90,7 +90,7 @@ def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tune")
 
     def pretrain_here(job: PretrainJob, *_: object, **__: object) -> dict[str, Any]:
-        pretrain_loop({"job": job, "members": [0]})
+        pretrain_loop({"job": job, "members": [0], "device": "cpu"})
         return {"networks": 1}
 
     with pytest.MonkeyPatch.context() as patch:  # the pool without Ray Train, which takes its time

@@ -32,3 +32,11 @@ def test_a_storage_error_is_found_in_what_ray_makes_of_it(wrap) -> None:
     for error in (FULL, ShardError("shard x is damaged")):
         assert str(storage_error(wrap(error))) == str(error)
     assert storage_error(wrap(ValueError("no"))) is None
+
+
+def test_a_chain_that_leads_back_to_itself_ends() -> None:
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert storage_error(first) is None
+    first.__cause__ = first
+    assert storage_error(first) is None

@@ -1,0 +1,311 @@
+"""The method on arrays, in one process: `ncfm.distill` and `ncfm.evaluate`.
+
+`pipeline/` does the same on shards and a cluster, and keeps checkpoints.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ncfm.augment import AugmentConfig
+from ncfm.distill import DistillConfig, Distiller
+from ncfm.evaluate import judge
+from ncfm.extractors import ExtractorPool
+from ncfm.frequencies import FrequencyConfig
+from ncfm.images import ImageSpec, InMemoryImages
+from ncfm.models import Classifier, ModelConfig, build_model
+from ncfm.seeding import keyed_generator, keyed_seed
+from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
+from ncfm.train import EpochReport, TrainConfig, train
+
+Report = Callable[[str], None]
+Images = Tensor | np.ndarray | Dataset[Any]
+
+REPORT_EVERY_S = 5.0
+STRATEGY = "color_crop_cutout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How `distill` works where its arguments do not say."""
+
+    networks: int = 2
+    """Networks whose features are compared (released code: 20)."""
+    training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            epochs=5, lr=0.02, augment=AugmentConfig(strategy="color_crop", single=False)
+        )
+    )
+    """Training of one of them on the real images."""
+    distill: DistillConfig = field(
+        default_factory=lambda: DistillConfig(
+            num_steps=500, real_batch=128, lr=0.01, calibration=10
+        )
+    )
+    frequencies: FrequencyConfig = field(default_factory=FrequencyConfig)
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(strategy=STRATEGY, single=False)
+    )
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+def distill(
+    images: Images,
+    labels: Tensor | np.ndarray | None = None,
+    *,
+    ipc: int = 1,
+    model: ModelConfig | None = None,
+    settings: Settings | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    report: Report | None = print,
+    **options: Any,
+) -> SyntheticSet:
+    """A few learned images per class that stand in for these.
+
+    Args:
+        images: (N, C, H, W), (N, H, W, C) or (N, H, W), uint8 or float in [0, 1], square; or a
+            Dataset of (image, label), whose images are arrays as these or PIL images.
+        labels: (N,) integers from 0; None if `images` is a Dataset.
+        ipc: stored images per class; each holds `settings.synthetic.factor`**2 smaller ones.
+        model: the networks' architecture; by default a ConvNet of width 128.
+        settings: all else; `options` change fields of `settings.distill` (num_steps=2000, ...).
+        class_names: one name per label; by default the Dataset's `classes`, or the numbers.
+        seed: every draw follows from it.
+        device: by default a GPU if there is one.
+        report: called with a line of progress every five seconds; None for silence.
+
+    Raises ValueError on images that are not square, do not fit the labels, or a class without one.
+    """
+    settings, model = settings or Settings(), model or ModelConfig()
+    settings = replace(settings, distill=replace(settings.distill, **options))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pixels, targets, names = as_arrays(images, labels, class_names)
+    spec = spec_of(pixels, names)
+    counts = torch.bincount(targets, minlength=len(names))
+    if int(counts.min()) == 0:
+        raise ValueError(f"class {int(counts.argmin())} has no image; labels count from 0")
+    by_class = {c: pixels[targets == c] for c in range(len(names))}
+    progress = _Progress(report)
+    pool = _pool(InMemoryImages(pixels, targets), spec, model, settings, seed, device, progress)
+    first = {
+        c: initial_images(
+            _drawn(by_class[c], settings.synthetic.real_images_needed(ipc), seed, "init", 0, c),
+            ipc,
+            settings.synthetic,
+            keyed_generator(seed, "init_noise", c),
+        )
+        for c in by_class
+    }
+    distiller = Distiller(
+        first,
+        factor=settings.synthetic.factor,
+        spec=spec,
+        pool=pool,
+        seed=seed,
+        config=settings.distill,
+        frequencies=settings.frequencies,
+        augment=settings.augment,
+        num_classes=len(names),
+        device=device,
+    )
+    for step in range(settings.distill.num_steps):
+        size = settings.distill.real_batch
+        metrics = distiller.update(
+            {c: _drawn(real, size, seed, "real_batch", step, c) for c, real in by_class.items()}
+        )
+        progress.tell("distill", step + 1, settings.distill.num_steps, "steps", metrics)
+    made = torch.cat([distiller.images[c].detach().float().clamp(0, 1).cpu() for c in by_class])
+    of_class = torch.arange(len(names)).repeat_interleave(ipc)
+    return SyntheticSet(made, of_class, settings.synthetic.factor, spec, {"seed": seed})
+
+
+def evaluate(
+    synthetic: SyntheticSet,
+    images: Images,
+    labels: Tensor | np.ndarray | None = None,
+    *,
+    model: ModelConfig | None = None,
+    training: TrainConfig | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> list[float]:
+    """Test accuracies in [0, 1] of `repeats` fresh networks trained on the set, after their last
+    epoch; images and labels (of the test set) as in `distill`.
+    """
+    pixels, targets, _ = as_arrays(images, labels, synthetic.class_names)
+    if pixels.shape[1:] != synthetic.images.shape[1:]:
+        raise ValueError(
+            f"test images are {tuple(pixels.shape[1:])}, those of the set "
+            f"{tuple(synthetic.images.shape[1:])}"
+        )
+    training = training or TrainConfig(
+        epochs=1000,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,
+        schedule="cosine",
+        cutmix_prob=0.5,
+        augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        judge(
+            synthetic.source(device=device),
+            InMemoryImages(pixels, targets),
+            synthetic.spec,
+            model=model or ModelConfig(),
+            training=training,
+            seed=keyed_seed(seed, "evaluation", repeat),
+            device=device,
+        ).accuracy
+        for repeat in range(repeats)
+    ]
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def as_arrays(
+    images: Images, labels: Tensor | np.ndarray | None, class_names: Sequence[str] | None
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images (N, C, H, W) uint8, labels (N,) int64 and the names of the classes."""
+    if isinstance(images, Dataset):
+        if labels is not None:
+            raise ValueError("a Dataset has labels of its own: labels must be None")
+        class_names = class_names or getattr(images, "classes", None)
+        images, labels = _read(images)
+    if labels is None:
+        raise ValueError("labels are missing: an array of images needs an array of labels")
+    pixels, targets = torch.as_tensor(images), torch.as_tensor(labels).long()
+    if pixels.ndim == 3:
+        pixels = pixels.unsqueeze(1)
+    elif pixels.ndim == 4 and pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
+        pixels = pixels.permute(0, 3, 1, 2)
+    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or pixels.shape[1] not in (1, 3):
+        raise ValueError(
+            "images must be square, (N, C, H, W), (N, H, W, C) or (N, H, W) with C 1 or 3, got "
+            f"shape {tuple(pixels.shape)}"
+        )
+    if targets.shape != pixels.shape[:1] or not len(targets):
+        raise ValueError(f"{len(pixels)} images do not fit labels {tuple(targets.shape)}")
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    names = class_names or [str(c) for c in range(int(targets.max()) + 1)]
+    if int(targets.min()) < 0 or int(targets.max()) >= len(names):
+        raise ValueError(f"labels must be from 0 to {len(names) - 1}, as there are class names")
+    return pixels.contiguous(), targets, tuple(names)
+
+
+def _read(data: Dataset[Any]) -> tuple[Tensor, Tensor]:
+    loader = DataLoader(data, batch_size=256, collate_fn=list)
+    pairs = [(_pixels(image), int(label)) for batch in loader for image, label in batch]
+    if len(sizes := {image.shape for image, _ in pairs}) != 1:
+        raise ValueError(f"the images must be of one size, got {sorted(map(tuple, sizes))[:3]}")
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+def _pixels(image: Any) -> Tensor:
+    """A tensor as it is; a PIL image or an array (H, W, C) as (C, H, W)."""
+    if isinstance(image, Tensor):
+        return image
+    array = np.array(image)
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def spec_of(pixels: Tensor, class_names: Sequence[str]) -> ImageSpec:
+    """What images (N, C, H, W) uint8 look like: mean and standard deviation of each channel."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in range(pixels.shape[1]):
+        share = torch.bincount(pixels[:, channel].flatten(), minlength=256).double()
+        share /= share.sum()
+        mean = float((share * levels).sum())
+        means.append(mean)
+        stds.append(max(float((share * (levels - mean) ** 2).sum()) ** 0.5, 1 / 255))
+    return ImageSpec(
+        channels=pixels.shape[1],
+        image_size=pixels.shape[2],
+        mean=tuple(means),
+        std=tuple(stds),
+        class_names=tuple(class_names),
+    )
+
+
+def _drawn(real: Tensor, size: int, seed: int, purpose: str, step: int, c: int) -> Tensor:
+    """min(size, images of the class) of its images, each at most once."""
+    order = torch.randperm(len(real), generator=keyed_generator(seed, purpose, step, c))
+    return real[order[:size].sort().values]
+
+
+# ---------------------------------------------------------------------- the pool
+
+
+def _pool(
+    data: InMemoryImages,
+    spec: ImageSpec,
+    model: ModelConfig,
+    settings: Settings,
+    seed: int,
+    device: torch.device | str,
+    progress: "_Progress",
+) -> ExtractorPool:
+    """The networks, trained one after the other."""
+
+    def fresh(member: int) -> Classifier:
+        return build_model(
+            model,
+            num_classes=spec.num_classes,
+            channels=spec.channels,
+            image_size=spec.image_size,
+            seed=keyed_seed(seed, "pool_network", member),
+        )
+
+    def state(network: nn.Module) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+    epochs, trajectories = settings.training.epochs, []
+    for member in range(settings.networks):
+        network = fresh(member)
+        before, done = state(network), member * epochs
+
+        def tell(epoch: EpochReport, done: int = done) -> None:
+            values = {"loss": epoch.loss, "accuracy": epoch.accuracy}
+            progress.tell("pretrain", done + epoch.epoch + 1, settings.networks * epochs,
+                "epochs", values)  # fmt: skip
+
+        train(
+            network,
+            data,
+            spec,
+            settings.training,
+            seed=keyed_seed(seed, "pool_training", member),
+            device=device,
+            report=tell,
+        )
+        trajectories.append([before, state(network)])
+    return ExtractorPool(fresh(0), trajectories, device=device)
+
+
+class _Progress:
+    """Lines at most every five seconds, and one at the end of a part."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.report, self.told = report, time.monotonic()
+
+    def tell(
+        self, part: str, done: int, total: int, unit: str, values: Mapping[str, Tensor | float]
+    ) -> None:
+        now = time.monotonic()
+        if self.report is not None and (done == total or now - self.told >= REPORT_EVERY_S):
+            self.told = now
+            text = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+            self.report(f"[{part}] {done}/{total} {unit}  {text}")
