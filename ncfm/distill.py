@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ncfm.augment import Augment, AugmentConfig
 from ncfm.communication import Alone, Communicator, own_parts
 from ncfm.compilation import can_compile
-from ncfm.extractors import ExtractorPool
+from ncfm.extractors import Blend, ExtractorKind, ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
 from ncfm.images import ImageSpec, to_device, to_unit
-from ncfm.matching import Match, match_means
 from ncfm.memory import keep_freed_memory
+from ncfm.objectives import OBJECTIVES, Comparison
+from ncfm.psi import PsiGradient
 from ncfm.seeding import keyed_generator
 
 BLOCK_CHUNKS = 4  # chunks of synthetic images whose graph is kept at a time, but a whole class
@@ -31,9 +32,6 @@ PREPARED_CHUNKS = 8  # chunks of images that are decoded and augmented together
 CHUNK_PIXELS = {"cpu": 2**13, "cuda": 2**19}  # an extractor's activations: about 0.5 KiB each
 GRAPH_PIXELS = 2**19
 COMPILE_FROM = 500  # steps
-GRADIENT_GRID = 2.0**-44
-"""Each class's part of psi's gradient is rounded to multiples of this, far below Adam's epsilon of
-1e-8. In float64, sums of such numbers are exact up to 2^53 of it, 512."""
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
 """Images and the index of each one's class -> what the extractor gets: normalised, augmented."""
@@ -66,8 +64,10 @@ class DistillConfig:
     momentum: float = 0.5
     """Momentum of the images' SGD; AdamW ignores it."""
     weight_decay: float = 5e-4
-    objective: Literal["ncfd", "mmd"] = "ncfd"
-    """`mmd` is DM's linear MMD in the same loop, for comparison."""
+    objective: Literal["ncfd", "mmd", "mmd_raw"] = "ncfd"
+    """What the images descend. `ncfd`: the discrepancy of characteristic functions. `mmd`: the
+    squared distance of the mean features, a linear MMD; `mmd_raw`: that of raw features (DM,
+    DANCE)."""
     alpha: float = 0.5
     """Weight of the amplitude against the phase (paper eq. 8)."""
     loss_weight: float = 300.0
@@ -75,9 +75,17 @@ class DistillConfig:
     calibration: float = 1.0
     """Weight of the cross-entropy of the synthetic images under the trained network of the step
     (released code: 1, there with optimiser steps of its own); 0: none, which saves its passes."""
+    calibration_ahead: tuple[int, int] | None = None
+    """Take the cross-entropy from a snapshot that is later on the extractor's trajectory by a
+    number of epochs uniform between these two (TGDD: 0 and 6), at most the last; needs snapshots as
+    extractors. None: from the trained network (DANCE, NCFM)."""
+    extractor: ExtractorKind = "blend"
+    """A step's extractor. `blend`: between the initial and the trained weights of a network of the
+    pool. `snapshot`: a snapshot of its training (TGDD); `snapshot_blend`: between two of them. Both
+    need pretrain.snapshot_every."""
     blend: tuple[float, float] = (0.0, 1.0)
-    """A step's extractor is lerp(initial, trained, beta), beta uniform between these two (paper:
-    0 and 1). (0, 0): random networks, as DM has them; (1, 1): the trained ones."""
+    """A blend is lerp(initial, trained, beta), or of two snapshots, beta uniform between these two
+    (paper: 0 and 1). (0, 0): random networks, as DM has them; (1, 1): the trained ones."""
     clip_grad_norm: float | None = None
     """Greatest L2 norm of the gradient of one class's images; none by default."""
     clip_grad_value: float | None = None
@@ -121,6 +129,14 @@ class DistillConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.blend[0] <= self.blend[1] <= 1:
             raise ValueError(f"blend must be two rising numbers within [0, 1], got {self.blend}")
+        if (ahead := self.calibration_ahead) is not None:
+            if not 0 <= ahead[0] <= ahead[1]:
+                raise ValueError(f"calibration_ahead must be two rising numbers, got {ahead}")
+            if self.extractor == "blend":
+                raise ValueError(
+                    "calibration_ahead counts from a snapshot of a trajectory: extractor must be "
+                    f"'snapshot' or 'snapshot_blend', got {self.extractor!r}"
+                )
         for name in ("clip_grad_norm", "clip_grad_value"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -180,6 +196,7 @@ class Distiller:
             config.compile is not False and self.device.type == "cpu" and precision == torch.float32
         )
         self.pass_size, self.compiled = self.chunk_size, False
+        self.objective = OBJECTIVES[config.objective]
         self._body = self._extractor(precision)
         dim = pool.model.num_features
         self.samplers = nn.ModuleList(
@@ -194,8 +211,8 @@ class Distiller:
                 maximize=True,
                 fused=self.device.type == "cpu" or None,  # on a GPU PyTorch's own choice
             )
-            if isinstance(self.sampler, ScaleMixture) and config.objective == "ncfd"
-            else None  # the linear MMD knows no frequencies
+            if isinstance(self.sampler, ScaleMixture) and self.objective.uses_frequencies
+            else None
         )
 
     def _extractor(self, precision: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -253,9 +270,11 @@ class Distiller:
         """
         cfg, classes = self.config, list(self.images)
         draw = self.augment.draw([self._generator("augment", c) for c in classes])
-        member, beta = self.pool.draw(self._generator("extractor"), cfg.blend)
-        self.pool.blend(member, beta)
-        self.sampler = self.samplers[member % len(self.samplers)]
+        extractor, classifier = self.pool.draw_step(
+            self._generator("extractor"), cfg.extractor, cfg.blend, cfg.calibration_ahead
+        )
+        self.pool.blend(*extractor)
+        self.sampler = self.samplers[extractor.member % len(self.samplers)]
 
         def prepare(images: Tensor, group: Tensor) -> Tensor:
             return self.augment.apply(self.spec.normalize(images), draw, group)
@@ -269,13 +288,17 @@ class Distiller:
         metrics: dict[str, Tensor] = {}
         for inner in range(cfg.inner_steps):
             if inner and cfg.calibration:
-                self.pool.blend(member, beta)  # calibration has another network
-            metrics = self._minmax(features, prepare, inner)
+                self.pool.blend(*extractor)  # calibration has another network
+            metrics = self._minmax(features, prepare, classifier, inner)
         self.step += 1
         return metrics
 
     def _minmax(
-        self, features: Callable[[slice], list[Tensor]], prepare: Prepare, inner: int
+        self,
+        features: Callable[[slice], list[Tensor]],
+        prepare: Prepare,
+        classifier: Blend,
+        inner: int,
     ) -> dict[str, Tensor]:
         """One descent of the images and one ascent of psi, both from where the other stands.
 
@@ -287,45 +310,40 @@ class Distiller:
         counts = [self.factor**2 * len(p) for p in stored]
         ascents = self.frequencies.ascents if self.psi_optimizer is not None else 0
         t, log_scales = self._frequencies(inner * max(1, ascents))
-        ascent = None if not ascents else _PsiGradient(log_scales, self.num_classes)
+        ascent = None if not ascents else PsiGradient(log_scales, self.num_classes)
+        objective = self.objective(self._comparison(t))
         seen_x: list[Tensor] = []
         seen_y: list[Tensor] = []
-        losses, objectives = [], []
+        losses = []
         for part in _slices(counts, min(BLOCK_CHUNKS * self.chunk_size, self.graph_images)):
             x = features(part)
             y, backward = self._forward(stored, part, prepare)
-            if cfg.objective == "mmd":
-                values, gradients = match_means(x, y, self.communicator)
-            else:
-                match = Match(x, y, t, self.communicator, kernels=self.kernels)
-                values, gradients = match.descent(cfg.alpha)
+            values, gradients = objective(x, y)
             losses.append(values)
-            if ascent is not None:
-                objectives.append(match.objective(self.frequencies, cfg.alpha))
             # (1) min: from the features back to the pixels
             backward(gradients)
             del gradients, backward  # and the graph, before psi's gradient needs memory
             # (2) max: psi's gradient on the same features
-            if ascent is not None:
-                ascent.add(match)
+            if ascent is not None and objective.match is not None:
+                ascent.add(objective.match, self.frequencies, cfg.alpha)
             if ascents > 1:
                 seen_x, seen_y = seen_x + x, seen_y + y
-        found = [torch.cat(values) for values in (losses, objectives) if values]
-        metrics: dict[str, Tensor] = {cfg.objective: found[0].sum() / members}
+        by_class = [torch.cat(losses)] + ([] if ascent is None else [ascent.values])
+        metrics: dict[str, Tensor] = {objective.name: by_class[0].sum() / members}
         if cfg.calibration:
-            metrics["calibration"] = self._calibrate(stored, prepare) / members
+            metrics["calibration"] = self._calibrate(stored, prepare, classifier) / members
         slopes = [p.grad.sum() for p in stored if p.grad is not None]
-        self._check_finite(*found, torch.stack(slopes))  # waits for a GPU: once, for all classes
+        self._check_finite(*by_class, torch.stack(slopes))  # waits for a GPU: once, for all classes
         self._step_images(stored)
         if ascent is not None:
-            metrics["psi_objective"] = found[1].sum() / members
+            metrics["psi_objective"] = by_class[1].sum() / members
             self._step_psi(ascent)
         for number in range(1, ascents):
             t, log_scales = self._frequencies(inner * ascents + number)
-            ascent = _PsiGradient(log_scales, self.num_classes)
-            match = Match(seen_x, seen_y, t, self.communicator, kernels=self.kernels)
-            self._check_finite(match.objective(self.frequencies, cfg.alpha))
-            ascent.add(match)
+            ascent = PsiGradient(log_scales, self.num_classes)
+            match = self.objective(self._comparison(t)).compare(seen_x, seen_y)
+            ascent.add(match, self.frequencies, cfg.alpha)
+            self._check_finite(ascent.values)
             self._step_psi(ascent)
         return metrics
 
@@ -344,10 +362,10 @@ class Distiller:
             for parameter in self.images.values():
                 parameter.clamp_(0, 1)
 
-    def _step_psi(self, ascent: "_PsiGradient") -> None:
+    def _step_psi(self, ascent: PsiGradient) -> None:
         """psi ascends the mean of the objective over all classes on all workers."""
         assert self.psi_optimizer is not None
-        ascent.set(self.communicator)
+        ascent.backward(self.communicator)
         self.psi_optimizer.step()
         self.psi_optimizer.zero_grad()  # the next step's may be another network's
 
@@ -361,8 +379,20 @@ class Distiller:
         """
         generator = keyed_generator(self.seed, "frequencies", self.step, number, device=self.device)
         if isinstance(self.sampler, ScaleMixture):
-            return self.sampler.draw(generator)
-        return self.sampler(generator).to(self.dtype), None
+            t, log_scales = self.sampler.draw(generator)
+        else:
+            t, log_scales = self.sampler(generator).to(self.dtype), None
+        factor = self.frequencies.curriculum(self.step)
+        return (t if factor == 1 else t * factor), log_scales
+
+    def _comparison(self, t: Tensor) -> Comparison:
+        return Comparison(
+            t=t,
+            communicator=self.communicator,
+            alpha=self.config.alpha,
+            median=self.frequencies.bandwidth == "median",
+            kernels=self.kernels,
+        )
 
     def _check_finite(self, *values: Tensor) -> None:
         """Of all classes, each (C,)."""
@@ -371,13 +401,12 @@ class Distiller:
             bad = [c for c, fine in zip(self.images, finite, strict=True) if not fine]
             raise NonFiniteLossError(self.step, bad)
 
-    def _calibrate(self, stored: list[Tensor], prepare: Prepare) -> Tensor:
-        """Add the gradient of the cross-entropy under the trained network of the step.
+    def _calibrate(self, stored: list[Tensor], prepare: Prepare, classifier: Blend) -> Tensor:
+        """Add the gradient of the cross-entropy under the step's classifier.
 
         Returns the entropy, summed over the classes.
         """
-        index, _ = self.pool.draw(self._generator("extractor"))
-        model = self.pool.blend(index, 1.0)
+        model = self.pool.blend(*classifier)
         counts = [self.factor**2 * len(p) for p in stored]
         labels = torch.tensor(list(self.images)).repeat_interleave(torch.tensor(counts))
         labels = to_device(labels, self.device)
@@ -462,8 +491,9 @@ class Distiller:
         return list(compared.detach().split(counts)), backward
 
     def _compared(self, features: Tensor) -> Tensor:
-        """What is compared of features (N, D)."""
-        return F.normalize(features, dim=-1) if self.config.normalize_features else features
+        """Features (N, D) as they are matched: normalised or raw."""
+        normalized = self.config.normalize_features and not self.objective.raw_features
+        return F.normalize(features, dim=-1) if normalized else features
 
     def _features(self, images: Tensor) -> Tensor:
         """Features (N, D) of a chunk; what torch compiles sees whole ones only: fewer images are
@@ -523,28 +553,6 @@ class Distiller:
             for key, value in state.items()
             if key.startswith(prefix)
         }
-
-
-class _PsiGradient:
-    """psi's gradient, added up over classes and workers: the same number in whatever order.
-
-    What is added up is the gradient with respect to psi's log-scales: each class's part is rounded
-    to GRADIENT_GRID and summed in float64, which is exact. From there it goes through psi once.
-    """
-
-    def __init__(self, log_scales: Tensor | None, num_classes: int) -> None:
-        assert log_scales is not None  # a fixed sampler does not ascend
-        self.log_scales, self.num_classes = log_scales, num_classes
-        self.total = torch.zeros_like(log_scales, dtype=torch.float64, requires_grad=False)
-
-    def add(self, match: Match) -> None:
-        """That of the objectives of some classes."""
-        match.add_scale_gradients(self.total, GRADIENT_GRID * self.num_classes)
-
-    def set(self, communicator: Communicator) -> None:
-        """Put that of the mean over all classes on all workers where an optimiser finds it."""
-        mean = communicator.sum_all(self.total) * GRADIENT_GRID
-        self.log_scales.backward(mean.to(self.log_scales.dtype))
 
 
 def _slices(counts: list[int], limit: int) -> list[slice]:

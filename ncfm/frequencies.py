@@ -1,11 +1,14 @@
 """Where the characteristic functions are compared: the frequency samplers, fixed and learned (psi).
 
-Both have one interface: `sampler(generator)` gives frequencies t of shape (K, D). The learned one
-is a scale mixture of normals (paper 4.2.2): component m has scales sigma_m = psi(eps_m) > 0 in
-every feature dimension, and each of its draws is t = sigma_m * z with z ~ N(0, I).
+All have one interface: `sampler(generator)` gives frequencies t = s z of shape (K, D), z ~ N(0, I).
+Since isotropic kernels are scale mixtures of normals, the law of the scale s says which kernel
+k(d) = E cos<t, d> the mean squared difference of two CFs belongs to: see `LAWS`. The learned
+sampler's scales are those of a mixture (paper 4.2.2): component m has scales sigma_m = psi(eps_m) >
+0 in every feature dimension, and each of its draws is t = sigma_m * z.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,15 +32,31 @@ from ncfm.seeding import global_generator
 class FrequencyConfig:
     """How frequencies are drawn, and how psi is trained."""
 
-    sampler: Literal["gaussian", "psi"] = "gaussian"
-    """`gaussian`: fixed N(0, sigma^2 I). `psi`: the paper's learned scale mixture, which no setting
-    that was tried makes better than the fixed sampler (ncfm/STUDY.md)."""
+    sampler: Literal["gaussian", "mixture", "matern", "imq", "psi"] = "gaussian"
+    """`gaussian`: fixed N(0, sigma^2 I), the Gaussian kernel. `mixture`: sigma times each of
+    `scales` in turn, the mean of Gaussian kernels. `matern`: Student t frequencies with `nu`
+    degrees of freedom, the Matern or, with nu 1, the Laplace kernel. `imq`: the inverse
+    multiquadric kernel. `psi`: the paper's learned scale mixture, which no setting that was tried
+    makes better than the fixed sampler (ncfm/STUDY.md)."""
     num_freqs: int = 1024
     """K, the number of frequencies of a step (paper: 1024)."""
     num_components: int = 64
     """M, the number of mixture components of psi; each gives K / M frequencies (paper: K / 16)."""
     sigma: float = 1.0
-    """Scale of the fixed sampler, and the scale at which psi starts."""
+    """Scale of the fixed samplers, and the scale at which psi starts."""
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Scales of `mixture`, in units of sigma."""
+    nu: int = 3
+    """Degrees of freedom of `matern`, twice its smoothness. 1: the Laplace kernel; 3 and 5: Matern
+    3/2 and 5/2."""
+    bandwidth: Literal["fixed", "median"] = "fixed"
+    """`fixed`: sigma as it is. `median`: sigma over the median distance between a class's real
+    features under the step's network (the median heuristic)."""
+    curriculum_start: float = 1.0
+    """From low to high frequencies: all are multiplied by a factor that goes geometrically from
+    this at the first step to 1 at step `curriculum_steps`."""
+    curriculum_steps: int = 0
+    """Steps of this curriculum; 0: none."""
     per_network: bool = False
     """A psi for each network of the pool, which learns in its steps; else one for all, though a
     feature dimension means another thing in every network."""
@@ -57,7 +76,7 @@ class FrequencyConfig:
     """Width of psi's hidden layer."""
 
     def __post_init__(self) -> None:
-        for name in ("num_freqs", "num_components", "ascents", "noise_dim", "hidden"):
+        for name in ("num_freqs", "num_components", "ascents", "noise_dim", "hidden", "nu"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sampler == "psi" and self.num_freqs % self.num_components:
@@ -65,15 +84,68 @@ class FrequencyConfig:
                 f"num_freqs must be a multiple of num_components, "
                 f"got {self.num_freqs} and {self.num_components}"
             )
-        for name in ("sigma", "lr"):
+        for name in ("sigma", "lr", "curriculum_start"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.curriculum_steps < 0:
+            raise ValueError(f"curriculum_steps must not be negative, got {self.curriculum_steps}")
+        if not self.scales or not all(scale > 0 for scale in self.scales):
+            raise ValueError(f"scales must be positive numbers, got {self.scales}")
         if not self.max_ratio > 1:
             raise ValueError(f"max_ratio must be greater than 1, got {self.max_ratio}")
 
+    def curriculum(self, step: int) -> float:
+        """The factor of all frequencies at a step."""
+        if step >= self.curriculum_steps:
+            return 1.0
+        return float(self.curriculum_start ** (1 - step / self.curriculum_steps))
 
-class GaussianFrequencies(nn.Module):
-    """Fixed t ~ N(0, sigma^2 I). No parameters."""
+
+Law = Callable[[FrequencyConfig, torch.Generator], Tensor]
+"""Scales s of K frequencies, (K,), in units of sigma."""
+
+
+def _normals(config: FrequencyConfig, generator: torch.Generator, count: int) -> Tensor:
+    """(K, count)."""
+    return torch.randn(config.num_freqs, count, generator=generator, device=generator.device)
+
+
+def gaussian_law(config: FrequencyConfig, generator: torch.Generator) -> Tensor:
+    """s = 1: the Gaussian kernel exp(-sigma^2 |d|^2 / 2)."""
+    return torch.ones(config.num_freqs, device=generator.device)
+
+
+def mixture_law(config: FrequencyConfig, generator: torch.Generator) -> Tensor:
+    """s = a_1, a_2, ... in turn: the mean of the kernels exp(-(sigma a)^2 |d|^2 / 2)."""
+    turns = torch.arange(config.num_freqs, device=generator.device) % len(config.scales)
+    return torch.tensor(config.scales, device=generator.device)[turns]
+
+
+def matern_law(config: FrequencyConfig, generator: torch.Generator) -> Tensor:
+    """s = 1 / sqrt(g), g ~ Gamma(nu / 2, rate nu / 2), which is the mean of nu squared normals: the
+    Matern kernel of smoothness nu / 2, for nu = 1 the Laplace kernel exp(-sigma |d|).
+    """
+    return _normals(config, generator, config.nu).square().mean(1).rsqrt()
+
+
+def imq_law(config: FrequencyConfig, generator: torch.Generator) -> Tensor:
+    """s = sqrt(tau), tau ~ Gamma(1 / 2, rate 1 / 2), which is a squared normal: the inverse
+    multiquadric kernel (1 + sigma^2 |d|^2) ** (-1 / 2).
+    """
+    return _normals(config, generator, 1).squeeze(1).abs()
+
+
+LAWS: dict[str, Law] = {
+    "gaussian": gaussian_law,
+    "mixture": mixture_law,
+    "matern": matern_law,
+    "imq": imq_law,
+}
+"""By the name that `FrequencyConfig.sampler` has for it."""
+
+
+class FixedFrequencies(nn.Module):
+    """t = sigma s z, z ~ N(0, I), with s by a law of `LAWS`. No parameters."""
 
     def __init__(self, config: FrequencyConfig, dim: int) -> None:
         super().__init__()
@@ -81,10 +153,9 @@ class GaussianFrequencies(nn.Module):
 
     def forward(self, generator: torch.Generator) -> Tensor:
         """Frequencies of shape (K, D) on the generator's device."""
-        z = torch.randn(
-            self.config.num_freqs, self.dim, generator=generator, device=generator.device
-        )
-        return z.mul_(self.config.sigma)
+        z = _normals(self.config, generator, self.dim)
+        scales = LAWS[self.config.sampler](self.config, generator)
+        return z.mul_(self.config.sigma * scales[:, None])
 
 
 class ScaleMixture(nn.Module):
@@ -137,12 +208,12 @@ class ScaleMixture(nn.Module):
 
 def build_sampler(
     config: FrequencyConfig, dim: int, generator: torch.Generator
-) -> GaussianFrequencies | ScaleMixture:
+) -> FixedFrequencies | ScaleMixture:
     """The sampler of a configuration for features of dimension dim; psi's initial weights from the
     generator.
     """
-    if config.sampler == "gaussian":
-        return GaussianFrequencies(config, dim)
+    if config.sampler != "psi":
+        return FixedFrequencies(config, dim)
     with global_generator(int(torch.randint(2**62, (), generator=generator))):
         return ScaleMixture(config, dim)
 

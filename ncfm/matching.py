@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ncfm.communication import Communicator, group_total, own_parts
-from ncfm.discrepancy import CF, CFSums, cf_from_sums, linear_mmd, ncfd, ncfd_slopes
+from ncfm.discrepancy import CF, CFSums, cf_from_sums, ncfd, ncfd_slopes
 from ncfm.frequencies import FrequencyConfig, psi_objective, psi_slopes
 from ncfm.kernels import add_scale_gradient, can_sum_draws
 from ncfm.linalg import product
@@ -72,7 +72,7 @@ class Match:
         self.t, self.communicator, self.kernels = t, communicator, kernels
         # Neighbouring classes of the same sizes, (C, N, D) a group.
         self.groups = _alike(x, y, GROUP_SAMPLES.get(t.device.type, GROUP_SAMPLES["cuda"]))
-        self.x, self.y = ([_stack(side[group]) for group in self.groups] for side in (x, y))
+        self.x, self.y = ([stack(side[group]) for group in self.groups] for side in (x, y))
         self.waves_x, self.waves_y = (
             [waves(part, t) for part in side] for side in (self.x, self.y)
         )
@@ -86,7 +86,7 @@ class Match:
 
     def descent(self, alpha: float) -> tuple[Tensor, list[Tensor]]:
         """NCFD of each class (C,), and the gradient of each w.r.t. its y, (N_c, D)."""
-        slopes = _sum_slopes(ncfd_slopes(self.phi_x, self.phi_y, alpha)[1], self.sums_y)
+        slopes = sum_slopes(ncfd_slopes(self.phi_x, self.phi_y, alpha)[1], self.sums_y)
         gradients = [
             gradient
             for group, w in zip(self.groups, self.waves_y, strict=True)
@@ -98,7 +98,7 @@ class Match:
         """What psi ascends, for each class (C,); `add_scale_gradients` needs it called before."""
         sizes = self.sums_x[:, -1:], self.sums_y[:, -1:]
         of_x, of_y = psi_slopes(self.phi_x, self.phi_y, *sizes, config, alpha)
-        self._slopes = _sum_slopes(of_x, self.sums_x), _sum_slopes(of_y, self.sums_y)
+        self._slopes = sum_slopes(of_x, self.sums_x), sum_slopes(of_y, self.sums_y)
         return psi_objective(self.phi_x, self.phi_y, *sizes, config, alpha)
 
     def add_scale_gradients(self, total: Tensor, unit: float) -> None:
@@ -109,8 +109,6 @@ class Match:
         Since t = sigma z, the gradient is the sum of t times that w.r.t. t, of some components at a
         time: what is added up stays in the cache, and nothing of shape (K, D) is made.
         """
-        draws = len(self.t) // len(total)
-        rows = max(1, BLOCK_FREQS // draws) * draws
         for number, group in enumerate(self.groups):
             slopes_x, slopes_y = (slopes[group] for slopes in self._slopes)
             # All members have all of y: each counts its part alone, as it has its part of x.
@@ -121,20 +119,32 @@ class Match:
                 (self.waves_x[number], slopes_x, self.x[number]),
                 (Waves(*cos_sin), slopes_y, own_y),
             )
-            if self.kernels and can_sum_draws(self.t):
-                for c in range(len(own_y)):
-                    of_class = [
-                        ((w.cos[c], w.sin[c]), slopes[c], part[c]) for w, slopes, part in sides
-                    ]
-                    add_scale_gradient(total, unit, of_class, self.t)
-                continue
-            angles = torch.cat([w.angle_gradient(slopes) for w, slopes, _ in sides], 1)
-            features = torch.cat([samples for _, _, samples in sides], 1)
-            parts = [
-                product(angle.mT, features).mul_(t).unflatten(1, (-1, draws)).sum(2)
-                for angle, t in zip(angles.split(rows, 2), self.t.split(rows), strict=True)
-            ]
-            total += torch.cat(parts, 1).div_(unit).round_().sum(0, dtype=total.dtype)
+            add_scale_gradients(total, unit, sides, self.t, kernels=self.kernels)
+
+
+Side = tuple[Waves, Tensor, Tensor]
+"""Samples of some classes at frequencies t: cosines and sines, the slopes (C, 2, K) with respect to
+the sums of both, and the samples (C, N, D)."""
+
+
+def add_scale_gradients(
+    total: Tensor, unit: float, sides: Sequence[Side], t: Tensor, *, kernels: bool
+) -> None:
+    """As `Match.add_scale_gradients`, of classes of the same sizes."""
+    if kernels and can_sum_draws(t):
+        for c in range(len(sides[0][1])):
+            of_class = [((w.cos[c], w.sin[c]), slopes[c], part[c]) for w, slopes, part in sides]
+            add_scale_gradient(total, unit, of_class, t)
+        return
+    draws = len(t) // len(total)
+    rows = max(1, BLOCK_FREQS // draws) * draws
+    angles = torch.cat([w.angle_gradient(slopes) for w, slopes, _ in sides], 1)
+    features = torch.cat([samples for _, _, samples in sides], 1)
+    parts = [
+        product(angle.mT, features).mul_(block).unflatten(1, (-1, draws)).sum(2)
+        for angle, block in zip(angles.split(rows, 2), t.split(rows), strict=True)
+    ]
+    total += torch.cat(parts, 1).div_(unit).round_().sum(0, dtype=total.dtype)
 
 
 def _alike(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice]:
@@ -149,25 +159,13 @@ def _alike(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice
     return groups
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
+def stack(tensors: Sequence[Tensor]) -> Tensor:
     """(C, N, D); one alone is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _sum_slopes(slopes: CF, sums: Tensor) -> Tensor:
+def sum_slopes(slopes: CF, sums: Tensor) -> Tensor:
     """From those w.r.t. a CF to those w.r.t. the sums (C, 2 K + 1) that it is from, of cosines and
     of sines: (C, 2, K).
     """
     return torch.stack(slopes, 1) / sums[:, None, -1:]
-
-
-def match_means(
-    x: Sequence[Tensor], y: Sequence[Tensor], communicator: Communicator
-) -> tuple[Tensor, list[Tensor]]:
-    """As `Match.descent`, with DM's linear MMD in the place of NCFD."""
-    sums = torch.stack([torch.cat([part.sum(0), part.new_full((1,), len(part))]) for part in x])
-    total = group_total(sums, communicator)
-    means = total[:, None, :-1] / total[:, None, -1:]
-    leaves = [part.detach().requires_grad_() for part in y]
-    values = torch.stack([linear_mmd(a, b) for a, b in zip(means, leaves, strict=True)])
-    return values.detach(), list(torch.autograd.grad(values.sum(), leaves))

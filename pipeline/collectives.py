@@ -128,7 +128,8 @@ def _sha256(value: Tensor) -> str:
 def predicted_bytes(
     groups: Sequence[Group], frequencies: FrequencyConfig, *, dim: int, number_bytes: int = 4
 ) -> int:
-    """Bytes that all workers together send in a step, without the metrics: the formula above.
+    """Bytes that all workers together send in a step, without the metrics and what the median
+    distance takes: the formula above.
 
     `dim` is the dimension of the features.
     """

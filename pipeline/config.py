@@ -2,16 +2,17 @@
 them.
 """
 
+import dataclasses
 import functools
 import json
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from upath import UPath
@@ -27,7 +28,8 @@ from pipeline.audit_config import AuditConfig
 from pipeline.continual import ContinualConfig
 from pipeline.data.shards import ShardConfig
 from pipeline.export_config import ExportConfig
-from pipeline.protocols import EvaluateConfig, settings
+from pipeline.methods import MethodName, method_changes, method_settings
+from pipeline.protocols import EvaluateConfig, flat, settings
 from pipeline.search_proxy import SearchProxyConfig
 from pipeline.sources import SourceConfig
 from pipeline.tuning.search_space import TuneConfig
@@ -49,10 +51,21 @@ class PretrainConfig:
         )
     )
     """Training of one of them; the defaults are the released code's."""
+    snapshot_every: int = 0
+    """Keep a snapshot of every network each so many epochs, the initial and the trained one
+    included, for distill.extractor `snapshot` and `snapshot_blend`. 0: these two alone."""
 
     def __post_init__(self) -> None:
         if self.networks < 1:
             raise ValueError(f"networks must be at least 1, got {self.networks}")
+        if self.snapshot_every < 0:
+            raise ValueError(f"snapshot_every must not be negative, got {self.snapshot_every}")
+
+    @property
+    def snapshot_epochs(self) -> tuple[int, ...]:
+        """Epochs of training after which the weights are kept, from 0 to the last."""
+        last = self.training.epochs
+        return (*range(0, last, self.snapshot_every or last), last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +149,12 @@ class RunConfig:
     """Every random draw of the run follows from it."""
     ipc: int = 1
     """Stored synthetic images per class."""
+    method: MethodName | None = None
+    """A published method, which sets its hyperparameters of distill, frequencies, synthetic and
+    augment, for this ipc and shard.image_size; other options given beside it override them. None:
+    the options as they are. dm: mean features of random networks. dance: of trained ones, with
+    their cross-entropy. tgdd: of snapshots, with a later snapshot's cross-entropy. ncfm, ncfm_psi:
+    characteristic functions at fixed and at learned frequencies."""
     num_workers: int | None = None
     """Workers of a stage; default: one a GPU, or else one a CPU."""
     use_gpu: bool | None = None
@@ -175,6 +194,11 @@ class RunConfig:
                 f"synthetic.factor must not exceed shard.image_size, "
                 f"got {self.synthetic.factor} > {self.shard.image_size}"
             )
+        if self.distill.extractor != "blend" and not self.pretrain.snapshot_every:
+            raise ValueError(
+                f"distill.extractor {self.distill.extractor!r} needs snapshots of the pool's "
+                "training: set pretrain.snapshot_every, got 0"
+            )
         if self.name is not None and (
             not self.name or "/" in self.name or self.name in ("cache", ".", "..")
         ):
@@ -185,6 +209,14 @@ class RunConfig:
             UPath(self.storage_path)
         except ValueError as error:
             raise ValueError(f"storage_path {self.storage_path}: {error}") from error
+
+    def method_changes(self) -> list[str]:
+        """The options whose values are not those of the method that is named, if one is."""
+        if self.method is None:
+            return []
+        options = dict(flat("", dataclasses.asdict(self)))
+        sizes = {"ipc": self.ipc, "image_size": self.shard.image_size}
+        return method_changes(self.method, options, **sizes)
 
     @property
     def storage(self) -> UPath:
@@ -245,7 +277,9 @@ def parse_command(argv: Sequence[str]) -> Command:
             options = [re.sub(r"^--to(?==|$)", "--export.to", option) for option in options]
     preset = _preset_of(options)
     parser = _parser([] if preset else [PRESETS / "builtin.toml"])
-    options = _with_protocol(parser, options)
+    given = parser.parse_args(options)
+    options = _with_named(parser, options, given, "method", _settings_of_method)
+    options = _with_named(parser, options, given, "evaluate.protocol", _settings_of_protocol)
     namespace = parser.parse_args(options)
     if namespace.name is None:
         namespace.name = Path(preset).stem if preset else namespace.source.kind
@@ -255,28 +289,40 @@ def parse_command(argv: Sequence[str]) -> Command:
     return Command(stages, config, parser.dump(settings, skip_none=True))
 
 
-def _with_protocol(parser: ArgumentParser, options: list[str]) -> list[str]:
-    """What the named evaluation protocol sets: as defaults if the preset names it, else as options
-    before those of the command line.
+def _settings_of_method(name: str, given: Namespace) -> dict[str, Any]:
+    return method_settings(name, ipc=given.ipc, image_size=given.shard.image_size)
+
+
+def _settings_of_protocol(name: str, _: Namespace) -> dict[str, Any]:
+    return settings(name)
+
+
+def _with_named(
+    parser: ArgumentParser,
+    options: list[str],
+    given: Namespace,
+    key: str,
+    settings_of: Callable[[str, Namespace], dict[str, Any]],
+) -> list[str]:
+    """What the evaluation protocol or the method sets that is named by an option: as defaults if
+    the preset names it, else as options before those of the command line.
     """
-    flag, named = "--evaluate.protocol", None
+    flag, named = f"--{key}", None
     for option, value in zip(options, [*options[1:], ""], strict=False):
         if option == flag or option.startswith(f"{flag}="):
             named = option.partition("=")[2] or value
     if named is None:
-        parser.set_defaults(settings(parser.parse_args(options).evaluate.protocol))
+        if given[key] is not None:
+            parser.set_defaults(settings_of(given[key], given))
         return options
-    try:
-        wanted = settings(named)
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from error
+    wanted = settings_of(named, given)
     first = next((i for i, o in enumerate(options) if o == "--config"), -2) + 2
     first = max(first, sum(option.startswith("--config=") for option in options[:1]))
-    given = [
+    added = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in wanted.items()
     ]
-    return [*options[:first], *given, *options[first:]]
+    return [*options[:first], *added, *options[first:]]
 
 
 def changed_command(toml: str, values: Mapping[str, object]) -> Command:

@@ -28,7 +28,7 @@ from pipeline.config import RuntimeConfig
 from pipeline.data.batches import ClassBatches, warn_of_small_classes
 from pipeline.data.store import Store
 from pipeline.health import fatal_error, record_fatal, stragglers
-from pipeline.pretrain import load_members, new_network
+from pipeline.pretrain import load_trajectory, new_network
 from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.snapshots import snapshot_steps, write_snapshot
 from pipeline.stage import peak_rss_bytes
@@ -45,6 +45,7 @@ class DistillJob:
     store: Store
     pool: UPath
     networks: int
+    snapshot_epochs: tuple[int, ...]
     checkpoints: UPath
     metrics: UPath
     model: ModelConfig
@@ -117,12 +118,15 @@ class Loop:
             for c in self.group.classes
         }
         network = new_network(job.model, spec, seed=0)  # its weights are the pool's
-        members = load_members(job.pool, job.networks)
+        epochs = job.snapshot_epochs
+        if job.distill.extractor == "blend":
+            epochs = epochs[:1] + epochs[-1:]
+        trajectories = [load_trajectory(job.pool, i, epochs) for i in range(job.networks)]
         self.distiller = Distiller(
             images,
             factor=job.synthetic.factor,
             spec=spec,
-            pool=ExtractorPool(network, members, device=self.context.device),
+            pool=ExtractorPool(network, trajectories, epochs=epochs, device=self.context.device),
             seed=job.seed,
             config=job.distill,
             frequencies=job.frequencies,

@@ -1,31 +1,31 @@
 """Stage pretrain: Ray Train trains the pool of extractors, its members divided over the workers.
 
-Member i depends on (seed, i) alone. Each is one file, written when it is done: an interrupted stage
-goes on with the members that are missing.
+Member i depends on (seed, i) alone. Each is one file, written when it is done, beside its snapshots
+if any are kept: an interrupted stage goes on with the members that are missing, and inside one of
+them with the epoch after its last checkpoint.
 """
 
-import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 from upath import UPath
 
 from ncfm.evaluate import accuracy
-from ncfm.images import ImageSpec
+from ncfm.images import ImageSource, ImageSpec
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from ncfm.train import EpochReport, train
 from pipeline.config import PretrainConfig
 from pipeline.data.batches import StoredImages
 from pipeline.data.store import Store
-from pipeline.progress import Progress, append_rows
+from pipeline.progress import Progress, append_rows, read_rows
 from pipeline.stage import Manifest, peak_rss_bytes, write_atomic
 from pipeline.workers import Workers, current_context, fit
-
-logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
@@ -42,6 +42,8 @@ class PretrainJob:
     model: ModelConfig
     config: PretrainConfig
     seed: int
+    checkpoint_every_s: float = 30.0
+    """Seconds between two checkpoints of a member's training."""
 
 
 def pretrain(job: PretrainJob, workers: Workers, *, storage: UPath, max_failures: int) -> Manifest:
@@ -64,57 +66,76 @@ def pretrain_loop(arguments: dict[str, Any]) -> None:
     job: PretrainJob = arguments["job"]
     context = current_context(arguments["device"])
     spec = job.store.spec
-    train_images, val_images = (StoredImages(job.store, split) for split in ("train", "val"))
-    mine = arguments["members"][context.rank :: context.world_size]
-    progress = Progress("pretrain", len(mine) * job.config.training.epochs, unit="epochs")
-    for done, member in enumerate(mine):
-        if member_path(
-            job.directory, member
-        ).exists():  # trained before this worker was started again
-            continue
-        model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
-        initial = {name: value.clone() for name, value in model.state_dict().items()}
-        rows: list[dict[str, Any]] = []
+    images = {split: StoredImages(job.store, split) for split in ("train", "val")}
+    own_members, epochs = arguments["members"][context.rank :: context.world_size], 0
+    progress = Progress("pretrain", len(own_members) * job.config.training.epochs, unit="epochs")
 
-        def report(
-            epoch: EpochReport,
-            done: int = done,
-            member: int = member,
-            rows: list[dict[str, Any]] = rows,
-        ) -> None:
-            row = {"pretrain/loss": epoch.loss, "pretrain/accuracy": epoch.accuracy}
-            rows.append(
-                {
-                    "stage": "pretrain",
-                    "network": member,
-                    "epoch": epoch.epoch,
-                    "time": time.time(),
-                    **row,
-                }
-            )
-            if context.rank == 0:
-                progress.update(
-                    done * job.config.training.epochs + epoch.epoch + 1,
-                    network=member,
-                    loss=epoch.loss,
-                )
+    def on_epoch(member: int, epoch: EpochReport) -> None:
+        if context.rank == 0:
+            progress.update(epochs + epoch.epoch + 1, network=member, loss=epoch.loss)
 
-        seed = keyed_seed(job.seed, "pool_training", member)
-        train(
-            model,
-            train_images,
-            spec,
-            job.config.training,
-            seed=seed,
-            device=context.device,
-            report=report,
-        )
-        rows[-1]["pretrain/val_accuracy"] = accuracy(model, val_images, spec, device=context.device)
-        rows[-1]["peak_rss_bytes"] = peak_rss_bytes()
-        append_rows(job.directory / f"metrics-{member:03d}.jsonl", rows, fresh=True)
-        write_atomic(
-            member_path(job.directory, member), pack_member(initial, model.cpu().state_dict())
-        )
+    for member in own_members:
+        # It may have been trained before this worker was started again.
+        if not member_path(job.directory, member).exists():
+            train_member(job, member, images, spec, context.device, on_epoch)
+        epochs += job.config.training.epochs
+
+
+def train_member(
+    job: PretrainJob,
+    member: int,
+    images: Mapping[str, ImageSource],
+    spec: ImageSpec,
+    device: torch.device,
+    on_epoch: Callable[[int, EpochReport], None],
+) -> None:
+    """Train a member, or go on from its last checkpoint, and write its files."""
+    model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    kept_epochs = job.config.snapshot_epochs[1:-1]  # the others are in the member's own file
+    metrics, checkpoint = (
+        job.directory / f"metrics-{member:03d}.jsonl",
+        job.directory / f"training-{member:03d}.safetensors",
+    )
+    state = load(checkpoint.read_bytes()) if checkpoint.exists() else None
+    done = 0 if state is None else int(state["epoch"])
+    rows = [row for row in read_rows(metrics) if row["epoch"] < done]
+    saved_at = time.monotonic()
+
+    def report(epoch: EpochReport) -> None:
+        row = {"stage": "pretrain", "network": member, "epoch": epoch.epoch, "time": time.time()}
+        row |= {"pretrain/loss": epoch.loss, "pretrain/accuracy": epoch.accuracy}
+        rows.append(row)
+        if epoch.epoch + 1 in kept_epochs:
+            path = snapshot_path(job.directory, member, epoch.epoch + 1)
+            write_atomic(path, save(_contiguous(model.state_dict())))
+        on_epoch(member, epoch)
+
+    def save_checkpoint(state: State) -> None:
+        nonlocal saved_at
+        if time.monotonic() - saved_at < job.checkpoint_every_s:
+            return
+        append_rows(metrics, rows, fresh=True)
+        write_atomic(checkpoint, save(_contiguous(state)))
+        saved_at = time.monotonic()
+
+    seed = keyed_seed(job.seed, "pool_training", member)
+    train(
+        model,
+        images["train"],
+        spec,
+        job.config.training,
+        seed=seed,
+        device=device,
+        report=report,
+        save=save_checkpoint,
+        resume=state,
+    )
+    rows[-1]["pretrain/val_accuracy"] = accuracy(model, images["val"], spec, device=device)
+    rows[-1]["peak_rss_bytes"] = peak_rss_bytes()
+    append_rows(metrics, rows, fresh=True)
+    write_atomic(member_path(job.directory, member), pack_member(initial, model.cpu().state_dict()))
+    checkpoint.unlink(missing_ok=True)
 
 
 def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
@@ -131,6 +152,15 @@ def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
 def member_path(directory: UPath, member: int) -> UPath:
     """The file of one network of the pool."""
     return directory / f"network-{member:03d}.safetensors"
+
+
+def snapshot_path(directory: UPath, member: int, epoch: int) -> UPath:
+    """The file of a network's weights after so many epochs, neither its first nor its last."""
+    return directory / f"snapshot-{member:03d}-{epoch:04d}.safetensors"
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> State:
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def pack_member(initial: State, trained: State) -> bytes:
@@ -154,6 +184,8 @@ def load_member(directory: UPath, member: int) -> tuple[State, State]:
     return initial, trained
 
 
-def load_members(directory: UPath, count: int) -> list[tuple[State, State]]:
-    """The (initial, trained) states of the pool's first networks."""
-    return [load_member(directory, member) for member in range(count)]
+def load_trajectory(directory: UPath, member: int, epochs: Sequence[int]) -> list[State]:
+    """The states of one network of the pool after these epochs, from 0 to the last."""
+    initial, trained = load_member(directory, member)
+    between = (snapshot_path(directory, member, epoch).read_bytes() for epoch in epochs[1:-1])
+    return [initial, *map(load, between), trained]

@@ -123,7 +123,11 @@ def probe(request: Request) -> Answer:
     spec = image_spec(config, request.classes)
     network = new_network(config.model, spec, seed=0)
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    pool = ExtractorPool(network, [(state, state)] * config.pretrain.networks, device=device)
+    epochs = config.pretrain.snapshot_epochs
+    if config.distill.extractor == "blend":
+        epochs = epochs[:1] + epochs[-1:]
+    trajectories = [[state] * len(epochs)] * config.pretrain.networks
+    pool = ExtractorPool(network, trajectories, epochs=epochs, device=device)
     before = peak_rss_bytes()
     whole = _Part(request.real, config.ipc)
     small = _Part(request.real[:1], 1).scaled(min(1.0, FEWEST_IMAGES / request.real[0]))

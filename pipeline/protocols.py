@@ -104,8 +104,8 @@ def settings(name: str) -> dict[str, Any]:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     protocol = PROTOCOLS[name]  # type: ignore[index]  # checked above
     found = {
-        **dict(_flat("evaluate", dataclasses.asdict(protocol.evaluate))),
-        **dict(_flat("curate", dataclasses.asdict(protocol.curate))),
+        **dict(flat("evaluate", dataclasses.asdict(protocol.evaluate))),
+        **dict(flat("curate", dataclasses.asdict(protocol.curate))),
     }
     del found["evaluate.networks"]
     return found
@@ -113,15 +113,20 @@ def settings(name: str) -> dict[str, Any]:
 
 def changes(evaluate: EvaluateConfig, curate: CurateConfig) -> list[str]:
     """The options whose values are not those of the protocol that the configuration names."""
-    mine = dict(_flat("evaluate", dataclasses.asdict(evaluate)))
-    mine |= dict(_flat("curate", dataclasses.asdict(curate)))
+    mine = dict(flat("evaluate", dataclasses.asdict(evaluate)))
+    mine |= dict(flat("curate", dataclasses.asdict(curate)))
     wanted = settings(evaluate.protocol)
     return [name for name, value in wanted.items() if mine[name] != value]
 
 
-def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Nested options by their dotted names."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(f"{prefix}.{name}", value)
+            yield from flat(_dotted(prefix, name), value)
         else:
-            yield f"{prefix}.{name}", value
+            yield _dotted(prefix, name), value
+
+
+def _dotted(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

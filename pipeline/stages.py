@@ -177,15 +177,17 @@ class Run:
     @cached_property
     def pool_directory(self) -> UPath:
         """The pool's place in the cache."""
-        return self._pool_directory(self.config.model, self.config.seed)
+        cfg = self.config
+        return self._pool_directory(cfg.model, cfg.seed, cfg.pretrain.snapshot_every)
 
-    def _pool_directory(self, model: ModelConfig, seed: int) -> UPath:
+    def _pool_directory(self, model: ModelConfig, seed: int, snapshot_every: int) -> UPath:
         identity = fingerprint(
             "pretrain",
             PRETRAIN_VERSION,
             self.shards["fingerprint"],
             model,
             self.config.pretrain.training,
+            snapshot_every,
             seed,
         )
         return self.config.cache("pretrain", identity)
@@ -200,6 +202,7 @@ class Run:
             model=cfg.model,
             config=cfg.pretrain,
             seed=cfg.seed,
+            checkpoint_every_s=cfg.runtime.checkpoint_every_s,
         )
 
         def build() -> Manifest:
@@ -231,6 +234,7 @@ class Run:
             store=self.store,
             pool=self.pool_directory,
             networks=cfg.pretrain.networks,
+            snapshot_epochs=cfg.pretrain.snapshot_epochs,
             checkpoints=self.directory / "checkpoints" / identity,
             metrics=self.directory / "metrics.jsonl",
             model=cfg.model,
@@ -259,6 +263,8 @@ class Run:
             "command": shlex.join(["python", "pipeline/run.py", *sys.argv[1:]]),
             "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
             "seed": cfg.seed,
+            "method": cfg.method,
+            "method_changes": cfg.method_changes(),
             "versions": code_versions(),
             "inputs": {"shards": self.shards["fingerprint"], "pool": self.pool["fingerprint"]},
         }
@@ -451,13 +457,14 @@ class Run:
         cfg = self.config
         self._check_model(model)
         seed = keyed_seed(cfg.seed, "audit_extractor")
-        directory = self._pool_directory(model, seed)
+        directory = self._pool_directory(model, seed, snapshot_every=0)
         job = PretrainJob(
             store=self.store,
             directory=directory,
             model=model,
-            config=dataclasses.replace(cfg.pretrain, networks=1),
+            config=dataclasses.replace(cfg.pretrain, networks=1, snapshot_every=0),
             seed=seed,
+            checkpoint_every_s=cfg.runtime.checkpoint_every_s,
         )
 
         def build() -> Manifest:

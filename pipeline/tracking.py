@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 GAUGES = {
     "step": ("ncfm_step", "Distillation step"),
     "distill/ncfd": ("ncfm_ncfd", "Discrepancy (NCFD) of synthetic and real features"),
-    "distill/mmd": ("ncfm_mmd", "Discrepancy (linear MMD) of synthetic and real features"),
+    "distill/mmd": ("ncfm_mmd", "Linear MMD of synthetic and real features"),
+    "distill/mmd_raw": ("ncfm_mmd_raw", "Linear MMD of synthetic and real raw features"),
     "distill/images_per_s": ("ncfm_images_per_second", "Real images per second, all workers"),
     "distill/step_s": ("ncfm_step_seconds", "Seconds per distillation step"),
     "distill/imbalance": ("ncfm_worker_imbalance", "Work of the slowest worker over the mean"),

@@ -25,6 +25,7 @@ DISTILL = {
         "What the images descend: how far their features are from the real ones.",
     ),
     "distill/mmd": ("Discrepancy (linear MMD)", "What the images descend."),
+    "distill/mmd_raw": ("Discrepancy (linear MMD, raw features)", "What the images descend."),
     "distill/psi_objective": ("Frequency sampler ψ", "What ψ ascends, the images held fixed."),
     "distill/calibration": (
         "Calibration",

@@ -291,7 +291,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "angles, cosines and sines": (Match, "__init__"),
     "the images' gradient w.r.t. features": (Match, "descent"),
     "psi's objective": (Match, "objective"),
-    "psi's gradient": (ncfm.distill._PsiGradient, "add"),
+    "psi's gradient": (Match, "add_scale_gradients"),
     "psi's step": (Distiller, "_step_psi"),
     "frequencies": (Distiller, "_frequencies"),
     "weights": (ExtractorPool, "blend"),

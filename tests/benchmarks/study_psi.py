@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ncfm.communication import Alone
-from ncfm.distill import GRADIENT_GRID
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig
 from ncfm.matching import Match
+from ncfm.psi import GRADIENT_GRID
 from ncfm.seeding import keyed_generator
 
 BATCHES, IPC = 4, 10

@@ -1,13 +1,16 @@
 """The command line: what it accepts, and how it says no."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from upath import UPath
 
 from pipeline.config import PRESETS, STAGES, UsageError, parse_command
+from pipeline.methods import MethodName, method
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +61,10 @@ def test_a_preset_in_an_object_store() -> None:
         (["--seed", "1", "--config", "x.toml"], "--config must come before"),
         (["sharrd"], "no stage 'sharrd'.*shard, pretrain"),
         (["--num_workers", "0"], "num_workers must be at least 1"),
+        (["--distill.extractor", "snapshot"], "'snapshot' needs .* pretrain.snapshot_every, got 0"),
+        (["--distill.calibration_ahead", "[0,6]"], "extractor must be 'snapshot'.* got 'blend'"),
+        (["--distill.objective", "mean"], "'ncfd', 'mmd', 'mmd_raw'.*mean"),
+        (["--method", "dmm"], "--method.*dm.*dance.*tgdd.*dmm"),
         (["--name", "a/b"], "plain directory name.*'a/b'"),
     ],
 )
@@ -102,3 +109,59 @@ def test_the_script_ends_with_status_2_and_no_traceback(
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+METHODS = get_args(MethodName)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_on_the_command_line_is_whole(name: str, tmp_path: Path) -> None:
+    """Whatever a preset says of the method's part; what a run may spend stays the preset's."""
+    preset = tmp_path / "some.toml"
+    preset.write_text(
+        "ipc = 10\n[distill]\nlr = 7.0\nnum_steps = 123\nblend = [0.2, 0.3]\n"
+        "[pretrain]\nnetworks = 3\nsnapshot_every = 1\n[frequencies]\nsigma = 9.0\n"
+        '[synthetic]\nfactor = 3\n[augment]\nstrategy = "flip"\n'
+    )
+    config = parse_command(["--config", str(preset), "--method", name]).config
+    expected = method(name, ipc=10, image_size=config.shard.image_size)
+    assert config.distill == dataclasses.replace(expected.distill, num_steps=123)
+    assert (config.frequencies, config.synthetic) == (expected.frequencies, expected.synthetic)
+    assert config.augment == expected.augment
+    assert config.pretrain.networks == 3
+    assert config.method_changes() == []
+    command = parse_command(["--config", str(preset), f"--method={name}", "--distill.lr", "0.5"])
+    assert command.config == dataclasses.replace(
+        config, distill=dataclasses.replace(config.distill, lr=0.5)
+    )
+    assert command.config.method_changes() == ["distill.lr"]
+    (tmp_path / "config.toml").write_text(command.toml)  # it gives itself again
+    again = parse_command(["--config", str(tmp_path / "config.toml"), "--name", "some"])
+    assert again.config == dataclasses.replace(command.config, name="some")
+
+
+def test_a_method_in_a_preset_gives_way_to_the_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "some.toml"
+    preset.write_text('method = "tgdd"\nipc = 50\n[distill]\ncalibration_ahead = [1, 2]\n')
+    config = parse_command(["--config", str(preset)]).config
+    assert config.distill.calibration_ahead == (1, 2)
+    assert (config.distill.extractor, config.pretrain.snapshot_every) == ("snapshot", 1)
+    assert config.method_changes() == ["distill.calibration_ahead"]
+    other = parse_command(["--config", str(preset), "--method", "ncfm_psi"]).config
+    assert other.distill.calibration_ahead is None
+    assert other.frequencies.sampler == "psi"
+    assert parse_command([]).config.method_changes() == []
+
+
+def test_published_values() -> None:
+    """As design and papers state them: the rate grows with ipc, and TGDD's weight falls at 50."""
+    lrs = {
+        (ipc, size): method("dance", ipc=ipc, image_size=size).distill.lr
+        for ipc in (1, 50)
+        for size in (32, 128)
+    }
+    assert lrs == pytest.approx({(1, 32): 0.01, (50, 32): 0.5, (1, 128): 0.1, (50, 128): 5.0})
+    weights = [method("tgdd", ipc=i, image_size=32).distill.calibration for i in (1, 10, 50)]
+    assert weights == [2.5, 2.5, 0.5]
+    assert method("ncfm", ipc=1, image_size=32).distill.loss_weight == 300
+    assert method("dm", ipc=1, image_size=32).synthetic.factor == 1

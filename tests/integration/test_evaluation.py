@@ -39,7 +39,7 @@ def test_options_beside_a_protocol_override_it(tmp_path: Path) -> None:
     assert config.evaluate.training == PROTOCOLS["quick"].evaluate.training
     overridden = config_of("--config", str(preset), "--evaluate.protocol", "soft")
     assert overridden.evaluate == PROTOCOLS["soft"].evaluate
-    with pytest.raises(UsageError, match=r"evaluate\.protocol.*paper.*'papper'"):
+    with pytest.raises(UsageError, match=r"evaluate\.protocol.*paper.*papper"):
         config_of("--evaluate.protocol", "papper")
     with pytest.raises(UsageError, match=r"sets must name one or more, each once.*'random'"):
         config_of("--evaluate.sets", '["random", "random"]')

@@ -140,6 +140,31 @@ def test_a_changed_option_redoes_what_depends_on_it(tiny: tuple[Path, Path]) -> 
     assert [r["accuracy"][0] for r in rows[1:]] == [r["accuracy"][0] for r in baseline[1:]]
 
 
+def test_snapshots_of_the_pools_training(tiny: tuple[Path, Path]) -> None:
+    folder, directory = tiny
+    options = [
+        *("--pretrain.snapshot_every", "1", "--pretrain.training.epochs", "2"),
+        *("--distill.extractor", "snapshot", "--distill.calibration_ahead", "[0,1]"),
+        *("--distill.objective", "mmd_raw", "--distill.loss_weight", "1", "--num_workers", "2"),
+    ]
+    named = directory.with_name("trajectories")
+    made = stage(folder, named, "distill", *options)
+    assert made["workers"] == 2
+    rows = [row for row in read_rows(named / "metrics.jsonl") if row["stage"] == "distill"]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert {"distill/mmd_raw", "distill/calibration"} <= set(rows[0])
+    pool = json.loads((named / "stages.json").read_text())["pretrain"]["directory"]
+    assert sorted(path.name for path in Path(pool).glob("snapshot-*")) == [
+        *("snapshot-000-0001.safetensors", "snapshot-001-0001.safetensors"),
+    ]
+    other = stage(folder, directory.with_name("one"), "distill", *options, "--num_workers", "1")
+    assert other["workers"] == 1
+    first, second = (
+        ncfm.load(folder / "runs" / name / "distilled") for name in (named.name, "one")
+    )
+    assert torch.equal(first.images, second.images)
+
+
 def test_soft_labels_are_a_set_of_their_own(tiny: tuple[Path, Path]) -> None:
     folder, directory = tiny
     curated, stages = run(folder, "--num_workers", "2", "--curate.soft_labels", "true")

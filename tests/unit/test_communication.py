@@ -48,6 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": dataclasses.replace(CONFIG, precision="float64"),
         "frequencies": dataclasses.replace(FREQUENCIES, ascents=2, per_network=True),
     },
+    "median": {
+        "config": dataclasses.replace(CONFIG, precision="float64"),
+        "frequencies": dataclasses.replace(FREQUENCIES, sampler="imq", bandwidth="median"),
+    },
 }
 # Two real images leave psi's objective next to a pole (a sampling floor near zero), which magnifies
 # rounding a million times: that case is compared in float64 alone.
@@ -57,7 +61,7 @@ RUNS = [
 RUNS += [
     (case, variant)
     for case in ("2 classes on 4", "uneven groups")
-    for variant in ("mmd", "ascents")
+    for variant in ("mmd", "ascents", "median")
 ]
 
 
@@ -206,6 +210,9 @@ def test_the_formula_of_the_bytes(results: Path, run: tuple[str, str]) -> None:
         return
     size = 4 if config.precision == "float32" else 8
     one_step = predicted_bytes(CASES[case][0], settings["frequencies"], dim=32, number_bytes=size)
+    if variant == "median":  # the mean, and the distance of each of 12 images from it
+        shared = sum((len(g.ranks) - 1) * len(g.classes) for g in CASES[case][0])
+        one_step += 2 * 8 * shared * (33 + 12)
     assert sent == pytest.approx(STEPS * one_step)
 
 

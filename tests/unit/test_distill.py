@@ -460,6 +460,32 @@ class TestObjectives:
         found = distiller.update({c: real_batch(c, 0) for c in range(5)})
         assert float(found["mmd"]) == pytest.approx(expected, rel=1e-4)
 
+    @pytest.mark.parametrize(
+        ("objective", "normalize"), [("mmd", True), ("mmd_raw", False), ("ncfd", True)]
+    )
+    def test_the_value_is_that_of_the_features(self, objective: Any, normalize: bool) -> None:
+        """Without augmentation and formation, one step: what is logged, from the features of the
+        drawn network.
+        """
+        config = dataclasses.replace(EVERYTHING, objective=objective, calibration=0.0)
+        distiller = make(factor=1, augment=AugmentConfig(strategy="none"), **without_psi(config))
+        t, _ = distiller._frequencies(0)
+        member, beta = distiller.pool.draw(keyed_generator(7, "extractor", 0), config.blend)
+        real = {c: real_batch(c, 0) for c in range(5)}
+        found = distiller.update(real)
+        assert set(found) == {objective}
+        model, expected = make_pool().blend(member, beta), torch.zeros(())
+        for c in range(5):
+            images = (real[c] / 255, initial(c))
+            x, y = (model.features(SPEC.normalize(side)) for side in images)
+            if normalize:
+                x, y = (nn.functional.normalize(side, dim=-1) for side in (x, y))
+            if objective == "ncfd":
+                expected += ncfd(empirical_cf(x, t), empirical_cf(y, t))
+            else:
+                expected += (x.mean(0) - y.mean(0)).square().sum()
+        torch.testing.assert_close(found[objective], expected, rtol=1e-4, atol=1e-6)
+
     def test_calibration_makes_the_trained_network_sure(self) -> None:
         config = dataclasses.replace(EVERYTHING, calibration=50.0, loss_weight=1e-3)
         distiller = make(**without_psi(config))
@@ -479,12 +505,91 @@ class TestObjectives:
             {"alpha": 1.1},
             {"calibration": -1.0},
             {"lr": 0.0},
+            {"calibration_ahead": (0, 6)},  # from a blend
+            {"calibration_ahead": (3, 2), "extractor": "snapshot"},
+            {"calibration_ahead": (-1, 2), "extractor": "snapshot"},
         ],
     )
     def test_impossible_values_are_refused(self, change: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="got"):
             dataclasses.replace(EVERYTHING, **change)
 
-    def test_several_ascents(self) -> None:
-        state = run(make(frequencies=dataclasses.replace(FREQUENCIES, ascents=3)), 2)
+    @pytest.mark.parametrize("bandwidth", ["fixed", "median"])
+    def test_several_ascents(self, bandwidth: Any) -> None:
+        frequencies = dataclasses.replace(FREQUENCIES, ascents=3, bandwidth=bandwidth)
+        state = run(make(frequencies=frequencies), 2)
         assert int(state["psi_optimizer/0.hidden.weight/step"]) == 6
+
+
+class TestFrequencies:
+    @pytest.mark.parametrize("sampler", ["gaussian", "psi"])
+    def test_the_curriculum_scales_the_frequencies(self, sampler: Any) -> None:
+        plain = make(frequencies=dataclasses.replace(FREQUENCIES, sampler=sampler))
+        changed = {"sampler": sampler, "curriculum_start": 0.25, "curriculum_steps": 4}
+        rising = make(frequencies=dataclasses.replace(FREQUENCIES, **changed))
+        for step, factor in ((0, 0.25), (2, 0.5), (4, 1.0), (9, 1.0)):
+            plain.step = rising.step = step
+            torch.testing.assert_close(rising._frequencies(0)[0], factor * plain._frequencies(0)[0])
+
+    @pytest.mark.parametrize("sampler", ["mixture", "matern", "imq"])
+    def test_the_discrepancy_falls(self, sampler: Any) -> None:
+        changed = {"sampler": sampler, "bandwidth": "median", "curriculum_steps": 20}
+        config = dataclasses.replace(EVERYTHING, calibration=0.0)
+        distiller = make(config=config, frequencies=dataclasses.replace(FREQUENCIES, **changed))
+        real = {c: real_batch(c, 0) for c in range(5)}
+        values = [float(distiller.update(real)["ncfd"]) for _ in range(40)]
+        assert sum(values[-10:]) < 0.9 * sum(values[:10])
+
+
+class TestTrajectories:
+    """Extractors and the cross-entropy from snapshots of training."""
+
+    STATES = tuple(make_state(200 + i) for i in range(4))
+
+    def one_step(self, **changes: Any) -> dict[str, float]:
+        config = dataclasses.replace(EVERYTHING, **changes)
+        pool = ExtractorPool(TinyNet(), [self.STATES], epochs=(0, 2, 4, 6))
+        augment = AugmentConfig(strategy="none")
+        distiller = make(factor=1, augment=augment, pool=pool, **without_psi(config))
+        found = distiller.update({c: real_batch(c, 0) for c in range(5)})
+        return {name: float(value) for name, value in found.items()}
+
+    @pytest.mark.parametrize("ahead", [(0, 0), (2, 2), (1, 2), (100, 100), None])
+    def test_values_are_those_of_the_snapshots(self, ahead: tuple[int, int] | None) -> None:
+        generator = keyed_generator(7, "extractor", 0)
+        torch.randint(1, (), generator=generator), torch.rand((), generator=generator)
+        snapshot = int(torch.randint(4, (2,), generator=generator)[0])
+        assert snapshot < 3  # so that there is something ahead
+        steps = {(0, 0): 0, (2, 2): 1, (1, 2): 1, (100, 100): 3, None: 3}
+        later = min(3, snapshot + steps[ahead])
+        found = self.one_step(
+            extractor="snapshot", calibration_ahead=ahead, objective="mmd_raw", calibration=2.0
+        )
+        distance = entropy = 0.0
+        for c in range(5):
+            networks = [TinyNet().eval(), TinyNet().eval()]
+            for network, index in zip(networks, (snapshot, later), strict=True):
+                network.load_state_dict(self.STATES[index])
+            images, target = SPEC.normalize(initial(c)), torch.full((2,), c)
+            with torch.no_grad():
+                x = networks[0].features(SPEC.normalize(real_batch(c, 0) / 255))
+                y = networks[0].features(images)
+                entropy += float(nn.functional.cross_entropy(networks[1](images), target))
+            distance += float((x.mean(0) - y.mean(0)).square().sum())
+        assert found["mmd_raw"] == pytest.approx(distance, rel=1e-4)
+        assert found["calibration"] == pytest.approx(entropy, rel=1e-4)
+
+    def test_a_run_goes_on_exactly(self) -> None:
+        config = dataclasses.replace(
+            EVERYTHING, extractor="snapshot_blend", calibration_ahead=(0, 2), inner_steps=2
+        )
+
+        def fresh() -> Distiller:
+            return make(config=config, pool=ExtractorPool(TinyNet(), [self.STATES] * 2))
+
+        whole, resumed = run(fresh(), 6), fresh()
+        resumed.load_state_dict(run(fresh(), 3))
+        state = run(resumed, 3)
+        assert all(torch.equal(value, state[name]) for name, value in whole.items())
+        other = make(pool=ExtractorPool(TinyNet(), [self.STATES] * 2))  # negative control
+        assert not torch.equal(run(other, 6)["class/0/images"], whole["class/0/images"])

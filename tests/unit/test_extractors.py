@@ -126,3 +126,79 @@ def test_weights_of_another_architecture_are_refused() -> None:
     ).state_dict()
     with pytest.raises((ValueError, RuntimeError)):
         ExtractorPool(network(7), [(network(0).state_dict(), other)]).blend(0, 0.5)
+
+
+def trajectories(count: int, snapshots: int) -> list[list[dict[str, Tensor]]]:
+    return [[network(100 * i + j).state_dict() for j in range(snapshots)] for i in range(count)]
+
+
+def test_snapshots_and_blends_of_two_of_them(images: Tensor) -> None:
+    pool, given = ExtractorPool(network(7), trajectories(2, 4)), trajectories(2, 4)[1]
+    expected = network(8)
+    for first, second, beta in ((2, 2, 0.0), (0, 3, 1.0), (1, 2, 0.25)):
+        expected.load_state_dict(
+            {
+                k: v.lerp(given[second][k], beta) if v.is_floating_point() else v
+                for k, v in given[first].items()
+            }
+        )
+        model = pool.blend(1, beta, first, second)
+        torch.testing.assert_close(model(images), expected(images))
+        assert not torch.allclose(pool.blend(1, 0.5)(images), expected(images))  # negative control
+
+
+def test_a_blend_draws_what_it_always_did() -> None:
+    """The choice of two states and their blend does not depend on what else a pool holds."""
+    pool = ExtractorPool(network(7), trajectories(4, 3))
+    for seed in range(20):
+        first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
+        member, beta = pool.draw(first, (0.2, 0.9))
+        assert pool.draw_step(second, "blend", (0.2, 0.9)) == (
+            (member, beta, 0, -1),
+            (member, 1.0, 0, -1),
+        )
+
+
+def test_snapshots_are_drawn_uniformly() -> None:
+    pool, generator = ExtractorPool(network(7), trajectories(2, 5)), torch.Generator()
+    draws = [pool.draw_step(generator.manual_seed(i), "snapshot")[0] for i in range(2000)]
+    assert {(d.beta, d.first - d.second) for d in draws} == {(0.0, 0)}
+    found = Counter((d.member, d.first) for d in draws)
+    assert len(found) == 10
+    assert all(abs(n - 200) < 60 for n in found.values())  # more than four standard deviations
+
+
+def test_the_classifier_is_later_on_the_same_trajectory() -> None:
+    """Snapshots after 0, 2, 4, 5 epochs, and a classifier 1 to 2 epochs later: the first one that
+    is no earlier; the last one where the trajectory ends.
+    """
+    pool = ExtractorPool(network(7), trajectories(3, 4), epochs=(0, 2, 4, 5))
+    generator, seen = torch.Generator(), set()
+    for kind in ("snapshot", "snapshot_blend"):
+        for i in range(300):
+            extractor, classifier = pool.draw_step(
+                generator.manual_seed(i), kind, (0.0, 1.0), ahead=(1, 2)
+            )
+            assert classifier.member == extractor.member
+            assert classifier.first == classifier.second
+            assert extractor.first <= extractor.second
+            seen.add((extractor.second, classifier.first))
+    assert seen == {(0, 1), (1, 2), (2, 3), (3, 3)}
+    now = [pool.draw_step(generator.manual_seed(i), "snapshot", ahead=(0, 0)) for i in range(50)]
+    assert all(extractor == classifier for extractor, classifier in now)
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "message"),
+    [
+        (trajectories(2, 3), (0, 4), "must have 2 snapshots.*3"),
+        ([*trajectories(1, 3), *trajectories(1, 2)], None, "must have 3 snapshots.*2"),
+        (trajectories(1, 3), (0, 4, 4), "rising numbers, got"),
+        (trajectories(1, 1), None, "at least two"),
+    ],
+)
+def test_trajectories_that_do_not_fit(
+    given: list[list[dict[str, Tensor]]], epochs: tuple[int, ...] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExtractorPool(network(7), given, epochs=epochs)

@@ -1,6 +1,8 @@
 """The frequency samplers, and psi's ascent."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def ascend(
     return scales
 
 
-@pytest.mark.parametrize("sampler", ["gaussian", "psi"])
+@pytest.mark.parametrize("sampler", ["gaussian", "mixture", "matern", "imq", "psi"])
 @pytest.mark.parametrize(("freqs", "components"), [(64, 4), (1024, 64), (30, 30), (7, 1)])
 def test_all_frequencies_are_distinct(sampler: str, freqs: int, components: int) -> None:
     config = FrequencyConfig(sampler=sampler, num_freqs=freqs, num_components=components)  # type: ignore[arg-type]
@@ -130,8 +132,55 @@ def test_scales_stay_bounded_where_plain_ascent_runs_away() -> None:
         {"sigma": 0.0},
         {"max_ratio": 1.0},
         {"lr": -1.0},
+        {"nu": 0},
+        {"scales": ()},
+        {"scales": (1.0, 0.0)},
+        {"curriculum_start": 0.0},
+        {"curriculum_steps": -1},
     ],
 )
-def test_impossible_values_are_refused(change: dict[str, float]) -> None:
+def test_impossible_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="got"):
-        dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
+        dataclasses.replace(SMALL, **change)
+
+
+SIGMA = 1.5
+KERNELS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
+    "gaussian": ({}, lambda r: (-(r**2) / 2).exp()),
+    "mixture": (
+        {"scales": (0.5, 1.0, 2.0, 4.0)},
+        lambda r: torch.stack([(-((a * r) ** 2) / 2).exp() for a in (0.5, 1, 2, 4)]).mean(0),
+    ),
+    "Laplace": ({"sampler": "matern", "nu": 1}, lambda r: (-r).exp()),
+    "Matern 3/2": (
+        {"sampler": "matern", "nu": 3},
+        lambda r: (1 + 3**0.5 * r) * (-(3**0.5) * r).exp(),
+    ),
+    "Matern 5/2": (
+        {"sampler": "matern", "nu": 5},
+        lambda r: (1 + 5**0.5 * r + 5 * r**2 / 3) * (-(5**0.5) * r).exp(),
+    ),
+    "imq": ({}, lambda r: (1 + r**2).rsqrt()),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_laws_are_those_of_their_kernels(name: str) -> None:
+    """E cos<t, d> is the kernel of |d| in its closed form, whatever the direction of d."""
+    settings, kernel = KERNELS[name]
+    config = FrequencyConfig(num_freqs=200_000, sigma=SIGMA, **{"sampler": name, **settings})  # type: ignore[arg-type]
+    t = build_sampler(config, 3, seeded(0))(seeded(1))
+    d = torch.randn(24, 3, generator=seeded(2))
+    d *= (torch.linspace(0.05, 2.5, 24) / d.norm(dim=1))[:, None]
+    found, r = (t @ d.mT).cos().mean(0), SIGMA * d.norm(dim=1)
+    deviation = 200_000**-0.5  # at most, of a mean of cosines
+    assert float((found - kernel(r)).abs().max()) < 4 * deviation
+    for other in set(KERNELS) - {name}:  # negative control
+        assert float((found - KERNELS[other][1](r)).abs().max()) > 8 * deviation
+
+
+def test_the_curriculum() -> None:
+    config = dataclasses.replace(SMALL, curriculum_start=0.25, curriculum_steps=10)
+    factors = [config.curriculum(step) for step in (0, 5, 10, 500)]
+    assert factors == pytest.approx([0.25, 0.5, 1.0, 1.0])
+    assert [SMALL.curriculum(step) for step in (0, 7)] == [1.0, 1.0]

@@ -190,8 +190,8 @@ def test_follow_every_blend() -> None:
     assert features is not None
     images, slope = torch.randn(2, 3, 16, 16), torch.ones(2, 512)
     passes = []
-    for member, beta in ((0, 0.25), (1, 0.75)):
-        model = pool.blend(member, beta)
+    for blend in ((0, 0.25), (1, 0.75), (1, 0.5, 0, 1), (0, 0.0, 1, 1)):  # the last: a snapshot
+        model = pool.blend(*blend)
         right = both_ways(model.features, images, slope)
         x = images.clone().requires_grad_()
         passes.append((x, features(x), right))

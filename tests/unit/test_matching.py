@@ -11,7 +11,8 @@ from ncfm.communication import Alone
 from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
 from ncfm.linalg import product
-from ncfm.matching import GROUP_SAMPLES, Match, match_means
+from ncfm.matching import GROUP_SAMPLES, Match
+from ncfm.objectives import OBJECTIVES, Comparison
 
 DIM, FREQS, REAL, SYNTHETIC = 6, 10, (12, 7, 7, 7, 1), (4, 2, 2, 3, 3)
 UNIT = 2.0**-44
@@ -144,9 +145,10 @@ def test_the_members_of_a_group_count_every_sample_once(
     torch.testing.assert_close(total, expected)
 
 
-def test_linear_mmd(features: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
-    x, y, _ = features
-    values, gradients = match_means(x, y, Alone())
+@pytest.mark.parametrize("objective", ["mmd", "mmd_raw"])
+def test_linear_mmd(objective: str, features: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
+    x, y, t = features
+    values, gradients = OBJECTIVES[objective](Comparison(t=t, communicator=Alone()))(x, y)
     for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
         leaf = b.clone().requires_grad_()
         expected = linear_mmd(a, leaf)
