@@ -21,6 +21,7 @@ from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.seeding import keyed_generator, keyed_seed
+from ncfm.selection import choose_images, easiest, easy_count, image_losses
 from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
 from ncfm.train import EpochReport, TrainConfig, train
 
@@ -95,14 +96,16 @@ def distill(
     by_class = {c: pixels[targets == c] for c in range(len(names))}
     progress = _Progress(report)
     pool = _pool(InMemoryImages(pixels, targets), spec, model, settings, seed, device, progress)
+    if settings.distill.easy_fraction < 1:
+        for c, real in by_class.items():
+            easy = easiest(
+                image_losses(pool, real, c, spec),
+                easy_count(len(real), settings.distill.easy_fraction),
+            )
+            by_class[c] = real[easy.sort().values]
     first = {
-        c: initial_images(
-            _drawn(by_class[c], settings.synthetic.real_images_needed(ipc), seed, "init", 0, c),
-            ipc,
-            settings.synthetic,
-            keyed_generator(seed, "init_noise", c),
-        )
-        for c in by_class
+        c: _first_images(real, c, ipc, pool, spec, settings.synthetic, seed)
+        for c, real in by_class.items()
     }
     distiller = Distiller(
         first,
@@ -240,6 +243,25 @@ def spec_of(pixels: Tensor, class_names: Sequence[str]) -> ImageSpec:
     )
 
 
+def _first_images(
+    real: Tensor,
+    c: int,
+    ipc: int,
+    pool: ExtractorPool,
+    spec: ImageSpec,
+    config: SyntheticConfig,
+    seed: int,
+) -> Tensor:
+    needed = config.real_images_needed(ipc)
+    if config.choose == "random":
+        chosen = _drawn(real, needed, seed, "init", 0, c)
+    else:
+        generator, count = keyed_generator(seed, "init_choice", c), min(needed, len(real))
+        how = config.choose
+        chosen = real[choose_images(how, pool, real, c, spec, count=count, generator=generator)]
+    return initial_images(chosen, ipc, config, keyed_generator(seed, "init_noise", c))
+
+
 def _drawn(real: Tensor, size: int, seed: int, purpose: str, step: int, c: int) -> Tensor:
     """min(size, images of the class) of its images, each at most once."""
     order = torch.randperm(len(real), generator=keyed_generator(seed, purpose, step, c))
@@ -275,9 +297,11 @@ def _pool(
     epochs, trajectories = settings.training.epochs, []
     for member in range(settings.networks):
         network = fresh(member)
-        before, done = state(network), member * epochs
+        trajectory, done = [state(network)], member * epochs
 
         def tell(epoch: EpochReport, done: int = done) -> None:
+            if epoch.epoch + 1 == epochs or settings.distill.extractor != "blend":
+                trajectory.append(state(network))  # noqa: B023 # within this turn of the loop
             values = {"loss": epoch.loss, "accuracy": epoch.accuracy}
             progress.tell("pretrain", done + epoch.epoch + 1, settings.networks * epochs,
                 "epochs", values)  # fmt: skip
@@ -291,7 +315,7 @@ def _pool(
             device=device,
             report=tell,
         )
-        trajectories.append([before, state(network)])
+        trajectories.append(trajectory)
     return ExtractorPool(fresh(0), trajectories, device=device)
 
 

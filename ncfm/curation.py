@@ -5,12 +5,13 @@ the real images that the synthetic images do not hold, and storage that images p
 count: results with and without belong into rows of their own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ncfm.kernels import kernel_logits
 from ncfm.models import Classifier
 from ncfm.synthetic import SyntheticSet
 
@@ -27,6 +28,10 @@ class CurateConfig:
     """The teachers' logits are divided by it before the softmax (released code: 1)."""
     keep_class: bool = True
     """An image that the teachers take for another class keeps its hard label (released code)."""
+    per_view: bool = False
+    """Also evaluate with labels that the teachers give to every augmented view anew, in rows of
+    their own. What is stored for it is the teachers, or a label of each view: `view_label_bytes`.
+    """
     hard_fraction: float = 0.05
     """Fine-tuning: the last part of the epochs learns from the hard labels (released code: the last
     100 of 2000 epochs)."""
@@ -38,6 +43,44 @@ class CurateConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.hard_fraction <= 1:
             raise ValueError(f"hard_fraction must be within [0, 1], got {self.hard_fraction}")
+
+
+class ViewLabels:
+    """Soft labels of augmented views: the teachers' mean softmax on what the network sees.
+
+    Args:
+        teachers: networks in memory, each a module of its own. Raises ValueError without any.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Classifier],
+        config: CurateConfig,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not teachers:
+            raise ValueError("soft labels need at least one trained network")
+        self.config = config
+        networks = [teacher.to(device).eval() for teacher in teachers]
+        self.teachers = [kernel_logits(each, training=False) or each for each in networks]
+
+    @torch.no_grad()
+    def __call__(self, views: Tensor, labels: Tensor) -> Tensor:
+        """Normalised views (N, C, H, W) and their labels (N, classes), mixed ones too, to soft
+        labels (N, classes).
+        """
+        logits = torch.stack([teacher(views).double() for teacher in self.teachers])
+        mean = (logits / self.config.temperature).softmax(-1).mean(0).to(labels.dtype)
+        if not self.config.keep_class:
+            return mean
+        right = mean.argmax(1) == labels.argmax(1)
+        return torch.where(right[:, None], mean, labels)
+
+
+def view_label_bytes(*, epochs: int, images: int, classes: int) -> int:
+    """What it takes to store a label of every view in float16: images of every epoch."""
+    return 2 * epochs * images * classes
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How good a set of images is: what a fresh network trained on it does on test images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,10 @@ def judge(
     tail_epochs: int = 0,
     legacy_every: int = 0,
     threads: int = 1,
+    relabel: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Judgement:
-    """Train one fresh network and test it after its last epoch; `threads` as those of `train`.
+    """Train one fresh network and test it after its last epoch; `threads` and `relabel` as those of
+    `train`.
 
     `tail` is what the last `tail_epochs` learn from, if it is not `train_on`. With `legacy_every`
     the network is also tested after every so many epochs, as the released code does, for the best
@@ -76,6 +78,7 @@ def judge(
         tail=tail,
         tail_epochs=tail_epochs,
         threads=threads,
+        relabel=relabel,
     )
     result = Judgement(confusion_matrix(network, test_on, spec, device=device, threads=threads))
     if not legacy_every:

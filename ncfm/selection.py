@@ -8,6 +8,7 @@ and ones spread over the class (DREAM) are better starts than random ones.
 import copy
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ncfm.kernels import native
 
 CHUNK = 256  # images in one pass
 K_MEANS_ROUNDS = 20
+NETWORKS = 4  # of the pool at most, whose mean loss says how hard an image is
 
 
 @torch.no_grad()
@@ -40,7 +42,7 @@ def _passes(
 
 
 def image_losses(
-    pool: ExtractorPool, images: Tensor, label: int, spec: ImageSpec, networks: int
+    pool: ExtractorPool, images: Tensor, label: int, spec: ImageSpec, networks: int = NETWORKS
 ) -> Tensor:
     """The cross-entropy of each image of a class, (N,), its mean over so many of the pool's trained
     networks, or over all if there are fewer. `images` is (N, C, H, W), uint8 or in [0, 1].
@@ -60,6 +62,22 @@ def class_features(pool: ExtractorPool, images: Tensor, spec: ImageSpec) -> Tens
     """Normalised features (N, D), float64, under the first member's trained network."""
     found = [features.cpu() for features, _ in _passes(pool, 0, images, spec)]
     return F.normalize(torch.cat(found), dim=-1)
+
+
+def choose_images(
+    how: Literal["confident", "spread"],
+    pool: ExtractorPool,
+    images: Tensor,
+    label: int,
+    spec: ImageSpec,
+    *,
+    count: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The indices of `count` images of a class to start from, as `SyntheticConfig.choose` says."""
+    if how == "confident":
+        return easiest(image_losses(pool, images, label, spec), count)
+    return spread(class_features(pool, images, spec), count, generator)
 
 
 def easiest(losses: Tensor, count: int) -> Tensor:

@@ -95,6 +95,7 @@ def train(
     on_batch: Callable[[float], None] | None = None,
     save: Callable[[TrainingState], None] | None = None,
     resume: Mapping[str, Tensor] | None = None,
+    relabel: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> nn.Module:
     """Train the model in place on labelled images, hard (N,) or soft (N, classes); returns it in
     eval mode. The last `tail_epochs` of the epochs walk through `tail` (curation's fine-tuning).
@@ -108,6 +109,8 @@ def train(
         report: called after every epoch; the model then has the weights that it would be returned
             with (the averaged ones, with `ema`), in training mode.
         save: called after every epoch and `report`, with all that the epochs to come depend on.
+        relabel: the labels (N, classes) of the augmented and mixed images (N, C, H, W) of a batch,
+            from these and from the labels that they had; not asked for in the epochs of the tail.
         resume: such a state; training continues with the next epoch, and ends with the same bits.
     """
     if len(data) == 0 or (tail is not None and len(tail) == 0):
@@ -157,6 +160,8 @@ def train(
                     and float(torch.rand((), generator=draws)) < config.cutmix_prob
                 ):
                     x, y = cutmix(x, y, draws)
+                if relabel is not None and source is data:
+                    y = relabel(x, y)
                 optimizer.zero_grad()
                 parts = _parts(len(x), part_size)
                 sizes = itertools.repeat(len(x))

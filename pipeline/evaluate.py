@@ -5,6 +5,7 @@ One task is one network. Its result is a small file in the cache, so that a reru
 or another run that needs the same baseline, trains only what nobody has trained yet.
 """
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -18,7 +19,7 @@ from upath import UPath
 
 from ncfm import load
 from ncfm.baselines import herding_set, random_set
-from ncfm.curation import CurateConfig
+from ncfm.curation import CurateConfig, ViewLabels, view_label_bytes
 from ncfm.curation import curate as add_soft_labels
 from ncfm.evaluate import confidence_interval, judge, ranking_measures
 from ncfm.images import ImageSource, Relabelled
@@ -37,8 +38,10 @@ from pipeline.workers import Workers
 SetName = Literal[
     "distilled",
     "distilled_soft",
+    "distilled_soft_views",
     "random",
     "random_soft",
+    "random_soft_views",
     "random_same_factor",
     "herding",
     "whole",
@@ -77,11 +80,25 @@ class EvaluationTask:
         """Whether the network learns from soft labels."""
         return self.set in ("distilled_soft", "random_soft")
 
+    @property
+    def is_relabelled(self) -> bool:
+        """Whether teachers label every augmented view."""
+        return self.set in ("distilled_soft_views", "random_soft_views")
+
+    def label_bytes(self) -> int:
+        """What the labels take to store, beyond a number of each image's class."""
+        classes = self.store.spec.num_classes
+        images = classes * self.ipc * (self.factor**2 if self.set.startswith("distilled") else 1)
+        if self.is_relabelled:
+            epochs = self.training.epochs - self.hard_epochs
+            return view_label_bytes(epochs=epochs, images=images, classes=classes)
+        return 4 * images * classes if self.is_soft else 0
+
     def result_path(self, cache: UPath) -> UPath:
         """Where the result of exactly this network is kept."""
         parts: list[object] = [EVALUATE_VERSION, self.set, self.repeat, self.identity]
         parts += [self.model, self.training, self.seed]
-        if self.is_soft:
+        if self.is_soft or self.is_relabelled:
             parts.append(self.hard_epochs)
         if self.legacy_every:
             parts.append(f"legacy {self.legacy_every}")
@@ -95,7 +112,7 @@ class EvaluationTask:
         classes = self.classes or tuple(range(spec.num_classes))
         if self.set == "whole":
             return StoredImages(self.store, "train", classes)
-        if self.set in ("distilled", "distilled_soft"):
+        if self.set in ("distilled", "distilled_soft", "distilled_soft_views"):
             made = load(self.distilled).of_classes(classes)
         elif self.set == "herding":
             made = self._herding(classes, device)
@@ -113,7 +130,7 @@ class EvaluationTask:
         """
         factor = self.factor if self.set == "random_same_factor" else 1
         real = ClassBatches(self.store, classes, self.seed)
-        purpose = "random" if self.set == "random_soft" else self.set
+        purpose = "random" if self.set in ("random_soft", "random_soft_views") else self.set
         images = [
             random_set(
                 real.batch(c, self.repeat, self.ipc * factor**2, purpose=purpose),
@@ -146,6 +163,11 @@ class EvaluationTask:
         labels = torch.tensor(classes).repeat_interleave(self.ipc)
         return SyntheticSet(torch.cat(chosen), labels, 1, spec)
 
+    def _view_labels(self, device: str) -> ViewLabels:
+        count = min(self.curate.networks, self.networks)
+        teachers = pool_networks(self.pool, count, self.pool_model, self.store.spec)
+        return ViewLabels([copy.deepcopy(each) for each in teachers], self.curate, device=device)
+
     def run(self, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         """Train and test; runs inside a Ray task. The threads make no difference to the result."""
         torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
@@ -156,7 +178,8 @@ class EvaluationTask:
                 spec, class_names=tuple(spec.class_names[c] for c in self.classes)
             )
             train_on, test_on = (Relabelled(s, self.classes) for s in (train_on, test_on))
-        tail = dataclasses.replace(self, set=_HARD[self.set]) if self.is_soft else None
+        hard = _HARD.get(self.set)
+        tail = dataclasses.replace(self, set=hard) if hard else None
         judged = judge(
             train_on,
             test_on,
@@ -169,6 +192,7 @@ class EvaluationTask:
             tail_epochs=self.hard_epochs,
             legacy_every=self.legacy_every,
             threads=threads,
+            relabel=self._view_labels(device) if self.is_relabelled else None,
         )
         return {
             "accuracy": judged.accuracy,
@@ -181,7 +205,12 @@ class EvaluationTask:
         }
 
 
-_HARD: dict[SetName, SetName] = {"distilled_soft": "distilled", "random_soft": "random"}
+_HARD: dict[SetName, SetName] = {
+    "distilled_soft": "distilled",
+    "distilled_soft_views": "distilled",
+    "random_soft": "random",
+    "random_soft_views": "random",
+}
 
 
 def _per_class(confusion: Tensor) -> list[float]:
@@ -268,6 +297,8 @@ def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) 
         "ci95": confidence_interval(values),
         "per_class": torch.tensor([r["per_class"] for r in results]).double().mean(0).tolist(),
     }
+    if task.is_soft or task.is_relabelled:
+        row["label_bytes"] = task.label_bytes()
     if all(result["confusion"] is not None for result in results):
         row["confusion"] = torch.tensor([r["confusion"] for r in results]).sum(0).tolist()
     if task.legacy_every:
@@ -291,7 +322,11 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for network in dict.fromkeys(row["network"] for row in rows):
         mean = {row["set"]: row["mean"] for row in rows if row["network"] == network}
-        for used, random in (("distilled", "random"), ("distilled_soft", "random_soft")):
+        for used, random in (
+            ("distilled", "random"),
+            ("distilled_soft", "random_soft"),
+            ("distilled_soft_views", "random_soft_views"),
+        ):
             if {"whole", "distilled", used, random} <= mean.keys():
                 values = ranking_measures(
                     whole=mean["whole"],

@@ -14,11 +14,9 @@ from ncfm.distill import DistillConfig
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec
 from ncfm.seeding import keyed_generator
-from ncfm.selection import class_features, easiest, easy_count, image_losses, spread
+from ncfm.selection import choose_images, easiest, easy_count, image_losses
 from ncfm.synthetic import SyntheticConfig, initial_images
 from pipeline.data.batches import ClassBatches
-
-NETWORKS = 4  # of the pool, whose mean loss says how hard an image is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,8 @@ class Selection:
         count = easy_count(len(images), self.distill.easy_fraction)
         chosen = torch.zeros(count, dtype=torch.int64)
         if self.communicator.member == 0:
-            chosen = easiest(self._losses(images, class_index), count).sort().values
+            losses = image_losses(self.pool, images, class_index, self.spec)
+            chosen = easiest(losses, count).sort().values
         self.batches.restrict(class_index, self._agreed(chosen))
 
     def initial_images(self, class_index: int) -> Tensor:
@@ -56,19 +55,19 @@ class Selection:
             allowed = self.batches.allowed(class_index)
             chosen = torch.zeros(min(needed, len(allowed)), dtype=torch.int64)
             if self.communicator.member == 0:
-                chosen = allowed[self._choose(images[allowed], class_index, len(chosen))]
+                places = choose_images(
+                    self.synthetic.choose,
+                    self.pool,
+                    images[allowed],
+                    class_index,
+                    self.spec,
+                    count=len(chosen),
+                    generator=keyed_generator(self.seed, "init_choice", class_index),
+                )
+                chosen = allowed[places]
             real = images[self._agreed(chosen)]
         noise = keyed_generator(self.seed, "init_noise", class_index)
         return initial_images(real, self.ipc, self.synthetic, noise)
-
-    def _choose(self, images: Tensor, class_index: int, count: int) -> Tensor:
-        if self.synthetic.choose == "confident":
-            return easiest(self._losses(images, class_index), count)
-        generator = keyed_generator(self.seed, "init_spread", class_index)
-        return spread(class_features(self.pool, images, self.spec), count, generator)
-
-    def _losses(self, images: Tensor, class_index: int) -> Tensor:
-        return image_losses(self.pool, images, class_index, self.spec, NETWORKS)
 
     def _agreed(self, chosen: Tensor) -> Tensor:
         """That of the group's first member, whose others have zeros."""

@@ -1,6 +1,7 @@
 """The stages in order: what each depends on, where it writes, when it has to run again."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -311,13 +312,14 @@ class Run:
     def evaluate(self) -> Manifest:
         """Accuracies of the distilled set and of its baselines, for every network."""
         cfg = self.config
-        soft: dict[str, list[SetName]] = {
-            "distilled": ["distilled_soft"],
-            "random": ["random_soft"],
+        soft: dict[str, tuple[SetName, SetName]] = {
+            "distilled": ("distilled_soft", "distilled_soft_views"),
+            "random": ("random_soft", "random_soft_views"),
         }
+        wanted = cfg.curate.soft_labels, cfg.curate.per_view
         sets: list[SetName] = []
         for name in cfg.evaluate.sets:
-            sets += [name, *(soft.get(name, []) if cfg.curate.soft_labels else [])]
+            sets += [name, *itertools.compress(soft.get(name, ()), wanted)]
         models = [self._model(name) for name in cfg.evaluate.networks] or [cfg.model]
         for model in models:
             self._check_model(model)
@@ -377,16 +379,17 @@ class Run:
         cfg = self.config
         counts = self.shards["splits"]["train"]["counts"]
         training = cfg.evaluate.training
+
+        def teachers() -> tuple[object, ...]:
+            return self.pool["fingerprint"], cfg.curate, CURATE_VERSION
+
         content: dict[SetName, Callable[[], object]] = {
             "distilled": lambda: self._set_hash("distilled"),
             "distilled_soft": lambda: self._set_hash("curated"),
+            "distilled_soft_views": lambda: (self._set_hash("distilled"), *teachers()),
             "random": lambda: cfg.ipc,
-            "random_soft": lambda: (
-                cfg.ipc,
-                self.pool["fingerprint"],
-                cfg.curate,
-                CURATE_VERSION,
-            ),
+            "random_soft": lambda: (cfg.ipc, *teachers()),
+            "random_soft_views": lambda: (cfg.ipc, *teachers()),
             "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
             "herding": lambda: (cfg.ipc, self.pool["fingerprint"]),
             "whole": lambda: "",

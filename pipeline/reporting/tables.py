@@ -9,8 +9,10 @@ STAGE_ORDER = (*_MADE, *_JUDGED, "continual", "search-proxy")
 SET_NAMES = {
     "distilled": "Distilled",
     "distilled_soft": "Distilled, with soft labels",
+    "distilled_soft_views": "Distilled, with soft labels of every view",
     "random": "Random images",
     "random_soft": "Random images, with soft labels",
+    "random_soft_views": "Random images, with soft labels of every view",
     "random_same_factor": "Random images, same factor",
     "herding": "Herding",
     "whole": "Whole training set",

@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Store,
         config=config.pretrain,
         seed=config.seed,
     )
-    pretrain_loop({"job": job, "members": [0, 1]})
+    pretrain_loop({"job": job, "members": [0, 1], "device": "cpu"})
     return config, store, pool
 
 
@@ -69,7 +69,8 @@ def loop(trained: tuple[RunConfig, Store, Path], folder: Path, **changes: Any) -
             ipc=config.ipc,
             seed=config.seed,
             **arguments,
-        )
+        ),
+        "cpu",
     )
 
 

@@ -169,7 +169,8 @@ def test_snapshots_of_the_pools_training(tiny: tuple[Path, Path]) -> None:
 
 def test_soft_labels_are_a_set_of_their_own(tiny: tuple[Path, Path]) -> None:
     folder, directory = tiny
-    curated, stages = run(folder, "--num_workers", "2", "--curate.soft_labels", "true")
+    curated, stages = run(folder, "--num_workers", "2", "--curate.soft_labels", "true",
+        "--curate.per_view", "true")  # fmt: skip
     assert curated == directory
     assert stages["distill"]["reused"]
     hard, soft = (ncfm.load(directory / name) for name in ("distilled", "curated"))
@@ -181,7 +182,10 @@ def test_soft_labels_are_a_set_of_their_own(tiny: tuple[Path, Path]) -> None:
     values = {"soft_labels": golden.moments(soft.soft_labels)}
     golden.check("curate", CURATE_VERSION, values, tolerance=1e-3)
     rows = json.loads((directory / "evaluation.json").read_text())["rows"]
-    assert [row["set"] for row in rows[:2]] == ["distilled", "distilled_soft"]
+    sets = ["distilled", "distilled_soft", "distilled_soft_views"]
+    assert [row["set"] for row in rows[:3]] == sets
+    # 10 classes, 40 decoded images: a float32 each, or a float16 in each of the two epochs
+    assert [row.get("label_bytes") for row in rows[:3]] == [None, 4 * 400, 2 * 2 * 400]
     assert "with soft labels" in (directory / "report.html").read_text()
 
 

@@ -1,5 +1,6 @@
 """The front door: arrays or a Dataset in, a synthetic set out."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ import ncfm
 from ncfm.api import as_arrays, spec_of
 from ncfm.distill import DistillConfig
 from ncfm.models import ModelConfig
+from ncfm.synthetic import SyntheticConfig
 from ncfm.train import TrainConfig
 
 README = Path(__file__).parents[2] / "README.md"
@@ -70,6 +72,27 @@ def test_the_seed_decides() -> None:
     first, again, other = (distil(images, labels, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
+
+
+def test_snapshots_and_chosen_images() -> None:
+    """Images with wrong labels are hard: with half of the images, no set starts from them."""
+    images, labels = stripes(80, seed=0)
+    wrong = torch.arange(80) % 5 == 0
+    given = torch.where(wrong, 1 - labels, labels)
+    settings = dataclasses.replace(
+        SETTINGS,
+        training=TrainConfig(epochs=6, lr=0.05, batch_size=16),
+        synthetic=SyntheticConfig(factor=1, choose="spread"),
+    )
+    options = {
+        **{"num_steps": 2, "lr": 1e-6, "objective": "mmd_raw", "loss_weight": 1.0},
+        **{"extractor": "snapshot", "calibration_ahead": (0, 2)},
+    }
+    for fraction, expected in ((0.5, True), (1.0, False)):
+        made = distil(images, given, ipc=12, settings=settings, easy_fraction=fraction, **options)
+        distances = torch.cdist(made.images.flatten(1), images.flatten(1) / 255)
+        assert float(distances.min(1).values.max()) < 0.1  # to any other image it is above 3
+        assert bool((labels[distances.argmin(1)] == made.labels).all()) == expected
 
 
 def test_layouts_and_a_dataset_give_the_same() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ncfm
-from ncfm.curation import CurateConfig, curate, soft_labels
+from ncfm.curation import CurateConfig, ViewLabels, curate, soft_labels, view_label_bytes
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier
 from ncfm.synthetic import SyntheticSet
@@ -127,3 +127,62 @@ def test_the_last_epochs_learn_from_the_tail() -> None:
     walked.clear()
     train(model, soft, SPEC, config, seed=0)
     assert walked == ["soft"] * 5
+
+
+def test_labels_of_views() -> None:
+    """Of what the network is given, mixed labels included; those that the teachers take for another
+    class keep theirs.
+    """
+    views = torch.tensor([0.8, -0.6, 0.8]).view(3, 1, 1, 1).expand(3, 1, 4, 4)
+    labels = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    config = CurateConfig(temperature=2.0)
+    found = ViewLabels([Fixed(1), Fixed(4)], config)(views, labels)
+    for row, level in ((0, 0.9), (1, 0.2)):  # of pixels whose normalised values these are
+        both = [expected(level, slope, 2.0) for slope in (1, 4)]
+        torch.testing.assert_close(found[row], (both[0] + both[1]) / 2)
+    assert torch.equal(found[2], labels[2])
+    free = ViewLabels([Fixed(1)], dataclasses.replace(config, keep_class=False))(views, labels)
+    torch.testing.assert_close(free[2], expected(0.9, 1, 2.0))
+    with pytest.raises(ValueError, match="at least one"):
+        ViewLabels([], config)
+
+
+def test_views_are_relabelled_after_all_augmentation() -> None:
+    """What the labels are made from is what the network sees; the tail keeps its labels."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    logged: list[Tensor] = []
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logged.append(x.detach().clone())
+            logits: Tensor = self.layer(x.flatten(1))
+            return logits
+
+    def relabel(views: Tensor, labels: Tensor) -> Tensor:
+        seen.append((views.clone(), labels.clone()))
+        return torch.full_like(labels, 1 / 3)
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 1, 4, 4, generator=generator)
+    data = InMemoryImages(images, torch.arange(6) % 3)
+    config = TrainConfig(epochs=4, batch_size=6, cutmix_prob=1.0)
+    tail = InMemoryImages(images, torch.arange(6) % 3)
+    losses: list[float] = []
+    train(
+        Looking(), data, SPEC, config, seed=0, relabel=relabel, tail=tail, tail_epochs=1,
+        report=lambda epoch: losses.append(epoch.loss),
+    )  # fmt: skip
+    assert len(seen) == 3
+    for (views, _), given in zip(seen, logged, strict=False):
+        torch.testing.assert_close(torch.cat([given]), views[: len(given)])
+    assert any(not torch.equal(labels, labels.round()) for _, labels in seen)  # mixed by CutMix
+    assert len({views.sum().item() for views, _ in seen}) == 3  # another view in every epoch
+
+
+def test_what_labels_of_views_take() -> None:
+    """FKD's arithmetic: a float16 for each class of each image in each epoch."""
+    assert view_label_bytes(epochs=300, images=100, classes=10) == 600_000

@@ -13,9 +13,9 @@ from ncfm.extractors import ExtractorPool
 from ncfm.formation import decode, encode
 from ncfm.images import ImageSpec
 from ncfm.models import ModelConfig, build_model
-from ncfm.selection import class_features, easiest, easy_count, image_losses, spread
+from ncfm.selection import NETWORKS, class_features, easiest, easy_count, image_losses, spread
 from ncfm.synthetic import SyntheticConfig
-from pipeline.selection import NETWORKS, Selection
+from pipeline.selection import Selection
 
 SPEC = ImageSpec(
     channels=3, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=("a", "b", "c")
