@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Installs this checkout with the exact versions pinned in pyproject.toml ([tool.uv] constraint-dependencies):
-# Ray needs the same Ray and the same Python minor version on every node.
+# Installs this checkout with the exact versions in constraints.txt, those of indirect dependencies included: Ray needs
+# the same versions, and the same Python minor version, on every node. To make that file anew after a change of
+# pyproject.toml:
+#   uv pip compile --universal --all-extras --no-header --no-annotate --no-emit-index-url pyproject.toml -o cluster/constraints.txt
 #
 #   cluster/install.sh PYTHON [PACKAGE...]      PYTHON: the interpreter to install into; PACKAGE: further packages
 #
@@ -10,21 +12,19 @@ set -euo pipefail
 python=${1:?usage: cluster/install.sh PYTHON [PACKAGE...]}
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-lists=$(mktemp -d)
-trap 'rm -rf "$lists"' EXIT
+requirements=$(mktemp)
+trap 'rm -f "$requirements"' EXIT
 
-"$python" - "$root/pyproject.toml" "$lists" <<'PY'
+"$python" - "$root/pyproject.toml" >"$requirements" <<'PY'
 import pathlib
 import sys
 import tomllib
 
 project = tomllib.loads(pathlib.Path(sys.argv[1]).read_text())
-lists = pathlib.Path(sys.argv[2])
-(lists / "requirements.txt").write_text("\n".join(project["project"]["dependencies"]))
-(lists / "constraints.txt").write_text("\n".join(project["tool"]["uv"]["constraint-dependencies"]))
+print("\n".join(project["project"]["dependencies"]))
 PY
 
-"$python" -m pip install --no-cache-dir -c "$lists/constraints.txt" -r "$lists/requirements.txt" "$@"
+"$python" -m pip install --no-cache-dir -c "$root/cluster/constraints.txt" -r "$requirements" "$@"
 if [[ -d $root/ncfm ]]; then
   "$python" -m pip install --no-cache-dir --no-deps "$root"
 fi

@@ -13,7 +13,6 @@ off and no class shared, nothing else crosses at all. Images never do.
 """
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ncfm.frequencies import FrequencyConfig
 from pipeline.assignment import Group
+from pipeline.stopwatch import Stopwatch
 from pipeline.workers import WorkerContext
 
 DIAGNOSIS_S = 30.0
@@ -42,7 +42,7 @@ class Collectives:
     def __init__(
         self, context: WorkerContext, groups: Sequence[Group], *, timeout_s: float
     ) -> None:
-        self.context, self.bytes_sent, self.seconds = context, 0.0, 0.0
+        self.context, self.bytes_sent, self._watch = context, 0.0, Stopwatch(context.device)
         self._timeout = timedelta(seconds=timeout_s)
         self._all = self._control_all = self._group = self._control_group = None
         # Every worker calls for every group, in the same order: torch asks for it.
@@ -59,6 +59,11 @@ class Collectives:
         backends = (None, "gloo")
         made = [dist.new_group(list(ranks), timeout=self._timeout, backend=b) for b in backends]
         return made[0], made[1]
+
+    @property
+    def seconds(self) -> float:
+        """Spent in sums so far, waiting included; on a GPU all that was queued is done then."""
+        return self._watch.read()
 
     def sum_all(self, tensor: Tensor) -> Tensor:
         """Sum over all workers, in place. Raises CollectiveError."""
@@ -102,12 +107,11 @@ class Collectives:
     def _sum(self, tensor: Tensor, size: int, group: Any, control: Any) -> Tensor:
         if size == 1:
             return tensor
-        began = time.monotonic()
         try:
-            dist.all_reduce(tensor, group=group)
+            with self._watch.running():
+                dist.all_reduce(tensor, group=group)
         except RuntimeError as error:
             raise self._who_is_missing(control) from error
-        self.seconds += time.monotonic() - began
         self.bytes_sent += 2 * (size - 1) / size * tensor.nbytes
         return tensor
 

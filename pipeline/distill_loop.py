@@ -211,9 +211,9 @@ class Loop:
 
     def _log(self) -> None:
         """Add up what all workers have to tell; with it rank 0 says whether to save."""
+        waited = self.collectives.seconds - self.waited_before  # first: a GPU has done its steps
         job, now, rank = self.job, time.monotonic(), self.context.rank
         steps, last = self.distiller.step - self.first_step, self._is_last()
-        waited = self.collectives.seconds - self.waited_before
         due = last or now - self.saved_at >= job.runtime.checkpoint_every_s
         mine = torch.zeros(2 + self.context.world_size, dtype=torch.float64)
         mine[0] = self.collectives.bytes_sent - self.sent_before

@@ -95,7 +95,7 @@ class Bench:
     def in_this_process(self, name: str, checkpoint_every_s: float = NEVER) -> float:
         """Median seconds of a step, without Ray."""
         job = self._job(name, checkpoint_every_s)
-        pinned_loop({"job": job})
+        pinned_loop({"job": job, "device": "cpu"})
         return _median_step(job)
 
     def in_ray(self, name: str) -> float:
@@ -112,7 +112,12 @@ class Bench:
         processes = [
             context.Process(
                 target=simulated_node,
-                args=({"job": job, "core": run}, rank, count, Path(str(job.checkpoints)) / "meet"),
+                args=(
+                    {"job": job, "device": "cpu", "core": run},
+                    rank,
+                    count,
+                    Path(str(job.checkpoints)) / "meet",
+                ),
             )
             for run, (job, count) in enumerate(zip(jobs, workers, strict=True))
             for rank in range(count)

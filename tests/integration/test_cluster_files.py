@@ -15,12 +15,15 @@ import textwrap
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]  # Ray depends on both
 import pytest
 import yaml  # type: ignore[import-untyped]
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -210,6 +213,51 @@ def test_the_base_objects_fit_the_cluster() -> None:
     assert {} not in allowed
 
 
+KUBERNETES_NODES = {"gpu": 32.0, "cpu": 64.0}  # g2-standard-8, e2-standard-16 of the README: GiB
+
+
+def gke_allocatable(memory: float) -> float:
+    """GiB left for pods, by GKE's published reservations for the kubelet and eviction."""
+    steps = [(4, 0.25), (4, 0.2), (8, 0.1), (112, 0.06)]
+    reserved, rest = 100 / 1024, memory
+    for size, share in steps:
+        reserved += share * min(size, rest)
+        rest = max(0.0, rest - size)
+    return memory - reserved - 0.02 * rest
+
+
+def test_pods_fit_the_machines_of_the_readme() -> None:
+    """With 2 GiB for the pods that GKE itself puts on every node."""
+    readme = (CLUSTER / "README.md").read_text()
+    assert "--machine-type=g2-standard-8" in readme
+    assert "--machine-type=e2-standard-16" in readme
+    assert gke_allocatable(32) == pytest.approx(28.34, abs=0.01)
+    for name in CUSTOM_RESOURCES:
+        spec = load(name)["spec"]
+        for group in spec.get("rayClusterSpec", spec)["workerGroupSpecs"]:
+            (container,) = group["template"]["spec"]["containers"]
+            memory = float(container["resources"]["requests"]["memory"].removesuffix("Gi"))
+            assert memory + 2 <= gke_allocatable(KUBERNETES_NODES[group["groupName"]]), name
+
+
+def test_google_clouds_machines_exist_and_take_their_disks() -> None:
+    sizes = {"e2": {2, 4, 8, 16, 32}, "n2": {2, 4, 8, 16, 32, 48, 64, 80, 96, 128}}
+    sizes |= {"c3": {4, 8, 22, 44, 88, 176}, "g2": {4, 8, 12, 16, 24, 32, 48, 96}}
+    for node in load("gcp.yaml")["available_node_types"].values():
+        config = node["node_config"]
+        family, kind, cpus = config["machineType"].split("-")
+        assert kind == "standard"
+        assert int(cpus) in sizes[family]
+        assert node["resources"]["CPU"] in (0, int(cpus))
+        for disk in config["disks"]:  # C3 and G2 refuse the default, pd-standard
+            assert disk["initializeParams"]["diskType"].endswith("/pd-balanced")
+
+
+def test_awss_head_needs_no_rights_to_look_up_the_image() -> None:
+    for node in load("aws.yaml")["available_node_types"].values():
+        assert re.fullmatch(r"ami-[0-9a-f]{17}", node["node_config"]["ImageId"])
+
+
 # --- the image, the installation, the job's environment ---------------------------------------
 
 
@@ -219,6 +267,11 @@ def test_the_image_does_not_run_as_root() -> None:
     assert users == ["1000:1000"]
     last_run = max(i for i, line in enumerate(lines) if line.startswith("RUN"))
     assert next(i for i, line in enumerate(lines) if line.startswith("USER")) > last_run
+
+
+def test_the_image_finds_gkes_driver() -> None:
+    (line,) = re.findall(r"LD_LIBRARY_PATH=(\S+)", (CLUSTER / "Dockerfile").read_text())
+    assert line == "/usr/local/nvidia/lib64"
 
 
 def test_the_docker_build_context_has_what_is_copied() -> None:
@@ -244,6 +297,7 @@ def test_install_pins_the_tested_versions(tmp_path: Path, with_code: bool) -> No
     (checkout / "cluster").mkdir(parents=True)
     shutil.copy(ROOT / "pyproject.toml", checkout)
     shutil.copy(CLUSTER / "install.sh", checkout / "cluster")
+    shutil.copy(CLUSTER / "constraints.txt", checkout / "cluster")
     if with_code:
         (checkout / "ncfm").mkdir()
     python = executable(
@@ -265,6 +319,46 @@ def test_install_pins_the_tested_versions(tmp_path: Path, with_code: bool) -> No
         bool(re.search(rf"^-m pip install .*--no-deps {checkout}$", output, re.MULTILINE))
         is with_code
     )
+
+
+def constraints() -> dict[str, set[str]]:
+    """The versions in constraints.txt: some packages have another one for newer Pythons."""
+    found: dict[str, set[str]] = {}
+    for line in (CLUSTER / "constraints.txt").read_text().splitlines():
+        name, version = line.partition(";")[0].strip().split("==")
+        found.setdefault(name, set()).add(version)
+    return found
+
+
+def dependencies(package: str, extras: frozenset[str], seen: set[str]) -> set[str]:
+    """All packages installed here that an installed one needs, itself included."""
+    seen.add(package)
+    for text in requires(package) or []:
+        needed = Requirement(text)
+        name = canonicalize_name(needed.name)
+        wanted = [needed.marker is None or needed.marker.evaluate({"extra": e}) for e in extras]
+        if any(wanted) and name not in seen and installed(name):
+            dependencies(name, frozenset({"", *needed.extras}), seen)
+    return seen
+
+
+def installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def test_every_node_gets_the_same_versions_of_all_dependencies() -> None:
+    found = constraints()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    runtime = dependencies("ncfm-ray", frozenset({""}), set()) - {"ncfm-ray"}
+    assert {"torch", "ray", "aiohttp", "filelock"} <= runtime, "not the direct ones alone"
+    assert runtime - found.keys() == set()
+    for line in project["tool"]["uv"]["constraint-dependencies"]:
+        name, pin = line.split("==")
+        assert found.get(name, {pin}) == {pin}
 
 
 def package(directory: Path, target: Path, excludes: list[str]) -> set[str]:
@@ -311,6 +405,13 @@ def test_the_working_directory_stays_small(tmp_path: Path) -> None:
     assert not any(name.startswith((".git/", "runs/", "tests/", "data/")) for name in names)
     package(checkout, tmp_path / "without.zip", [])  # the noise is noise: the excludes did it
     assert (tmp_path / "without.zip").stat().st_size > PACKAGE_LIMIT
+
+
+def test_no_secret_in_an_argument() -> None:
+    """Everybody on a machine sees the arguments of its processes."""
+    readme = (CLUSTER / "README.md").read_text()
+    assert "--from-literal" not in readme
+    assert "--from-file=auth_token=/dev/stdin" in readme
 
 
 def test_no_secret_in_the_files() -> None:

@@ -96,6 +96,7 @@ def slurm(scratch: Path) -> dict[str, str]:
     executable(
         bin_directory / "scontrol",
         """
+        if [[ $1 == requeue ]]; then echo "$*" >>"$SRUN_LOG.requeued"; exit; fi
         [[ "$*" == "show hostnames node[1-3]" ]] && printf '127.0.0.%d\\n' 1 2 3
         """,
     )
@@ -152,6 +153,9 @@ def test_slurm_script_runs_a_job(
     scratch: Path, slurm: dict[str, str], code: str, status: int, expected: str
 ) -> None:
     log = scratch / "log"
+    if status == 0 and shutil.which("ip"):
+        slurm |= {"NETWORK_INTERFACE": "lo"}
+        code += "\nimport os; assert os.environ['GLOO_SOCKET_IFNAME'] == 'lo'"
     process = start(["bash", str(CLUSTER / "slurm.sbatch"), "python", "-c", code], slurm, log)
     try:
         wait_for_text(log, "submitted successfully", process)
@@ -169,10 +173,17 @@ def test_slurm_script_runs_a_job(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("number", "restarts", "requeued"),
+    [(signal.SIGTERM, 0, False), (signal.SIGUSR1, 0, True), (signal.SIGUSR1, 1, False)],
+)
 def test_slurm_script_stops_the_job_when_the_time_is_up(
-    scratch: Path, slurm: dict[str, str]
+    scratch: Path, slurm: dict[str, str], number: signal.Signals, restarts: int, requeued: bool
 ) -> None:
-    """#SBATCH --signal=B:TERM@120: the job is asked to stop, and then everything ends."""
+    """#SBATCH --signal=B:USR1@120: the job is asked to stop, everything ends, and the job is queued
+    again, but not more often than wanted.
+    """
+    slurm |= {"REQUEUES": "1", "SLURM_RESTART_COUNT": str(restarts)}
     log, stopped = scratch / "log", scratch / "stopped"
     code = (
         "import pathlib, signal, sys, time\n"
@@ -187,8 +198,9 @@ def test_slurm_script_stops_the_job_when_the_time_is_up(
     try:
         wait_for_text(log, "\nworking", process)
         started = descendants(process.pid)
-        process.terminate()
-        assert process.wait(120) == 143, log.read_text()
+        process.send_signal(number)
+        assert process.wait(120) == 128 + number, log.read_text()
+        assert (scratch / "srun.log.requeued").exists() is requeued
         assert stopped.exists(), log.read_text()
         assert_clean(scratch, started)
     finally:
