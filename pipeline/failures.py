@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from upath import UPath
 
+from pipeline.data.local import StoreError
+from pipeline.data.shards import ShardError
 from pipeline.stage import StageError, write_atomic
 
 PERMANENT = (
@@ -22,11 +24,13 @@ PERMANENT = (
     LookupError,
     NameError,
     NotImplementedError,
+    ShardError,
+    StoreError,
     TypeError,
     ValueError,
 )
-"""Errors that come again when the same code gets the same input: not those of disks, networks,
-devices and other workers (OSError, RuntimeError, MemoryError).
+"""Errors that come again when the same code gets the same input: not those of networks, devices and
+other workers (OSError, RuntimeError, MemoryError).
 """
 
 

@@ -6,7 +6,6 @@ from upath import UPath
 
 from pipeline.config import UsageError, exit_with_usage_error, parse_command
 from pipeline.failures import WorkerError, worker_error
-from pipeline.image_files import StorageError
 from pipeline.sources import SourceError
 from pipeline.stage import StageError, write_atomic
 
@@ -35,7 +34,7 @@ def main() -> None:
         stages = run.stages()
         for name in command.stages:
             stages[name]()
-    except (UsageError, SourceError, StorageError) as error:
+    except (UsageError, SourceError) as error:
         exit_with_usage_error(error)
     except StageError as error:
         sys.exit(f"error: {error}{_traceback_file(directory, error)}")

@@ -21,6 +21,10 @@ NETWORK_FILE_SYSTEMS = ("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gpfs", "
     "panfs", "smb", "virtiofs", "wekafs")  # fmt: skip
 
 
+class StoreError(StorageError):
+    """A store cannot be made here; to try again would not help. The message is one line."""
+
+
 def store_root(cache: UPath, local_directory: str | None) -> Path:
     """The directory of this node's stores: `local_directory`, in which $NAMES are those of the
     node's environment; else the shards' own if that is on a disk of this machine; else one below
@@ -29,14 +33,14 @@ def store_root(cache: UPath, local_directory: str | None) -> Path:
     if local_directory is not None:
         expanded = os.path.expandvars(local_directory)
         if "$" in expanded:
-            raise StorageError(f"runtime.local_directory {expanded}: not set on this node")
+            raise StoreError(f"runtime.local_directory {expanded}: not set on this node")
         return Path(expanded).expanduser().absolute()
     if isinstance(cache, Path) and not _on_network(cache.absolute()):
         return cache.absolute()
     root = Path(tempfile.gettempdir()) / f"ncfm-ray-{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
     if root.stat().st_uid != os.getuid():
-        raise StorageError(f"{root} is somebody else's; --runtime.local_directory names another")
+        raise StoreError(f"{root} is somebody else's; --runtime.local_directory names another")
     return root
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from upath import UPath
 
 from ncfm.images import ImageSpec
-from pipeline.data.local import PREFIX, in_use, locked, store_root
+from pipeline.data.local import PREFIX, StoreError, in_use, locked, store_root
 from pipeline.data.shards import ShardError, read_shard
 from pipeline.image_files import StorageError
 from pipeline.progress import Progress
@@ -85,7 +85,7 @@ class Store:
         """Class -> its images (N, C, H, W) uint8, in the order of its shards; default: all classes.
 
         They are not in memory until they are read. What is missing is made: by this process, or by
-        another one that was first. Raises ShardError, and StorageError if it cannot be made.
+        another one that was first. Raises ShardError, and StoreError if it cannot be made.
         """
         spec, counts, directory = self.spec, self.counts(split), self.directory
         wanted = range(spec.num_classes) if classes is None else classes
@@ -104,7 +104,7 @@ class Store:
                 maps |= {c: file.open() for c, file in missing.items()}
         found = {c: image for c, image in maps.items() if image is not None}
         if len(found) < len(maps):
-            raise StorageError(f"the store {directory} changed while it was made: start again")
+            raise StoreError(f"the store {directory} changed while it was made: start again")
         return found
 
 
@@ -245,7 +245,7 @@ def _write_all(file: IO[bytes], block: Pixels) -> None:
 @contextmanager
 def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[int], None]]:
     """What is called with the number of images made, and prints progress. An OSError becomes a
-    StorageError that has the bytes needed and free.
+    StoreError that has the bytes needed and free.
     """
     needed, lock, done = sum(file.bytes for file in files), threading.Lock(), 0
     progress = Progress("store", sum(file.shape[0] for file in files), unit="images")
@@ -258,9 +258,9 @@ def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[i
             if progress.elapsed > progress.interval:
                 progress.update(done)
 
-    def error(reason: str) -> StorageError:
+    def error(reason: str) -> StoreError:
         above = next(p for p in (directory, *directory.parents) if p.exists())
-        return StorageError(
+        return StoreError(
             f"cannot make the store of real images in {directory}: {reason}; {needed:,} bytes are "
             f"needed, {shutil.disk_usage(above).free:,} are free there; "
             "--runtime.local_directory names another place"

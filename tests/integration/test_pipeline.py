@@ -14,8 +14,8 @@ from tiny import run, stage
 
 import ncfm
 from pipeline.curate import CURATE_VERSION
+from pipeline.failures import WorkerError
 from pipeline.progress import read_rows
-from pipeline.workers import storage_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,15 +118,16 @@ def test_every_cluster_gives_the_same(
     assert rows[0] == rows[1]
 
 
-def test_a_store_that_cannot_be_made_is_one_line(tiny: tuple[Path, Path]) -> None:
-    """As `run.py` prints it, from a worker of Ray Train."""
+def test_a_store_that_cannot_be_made_ends_the_run_in_one_line(tiny: tuple[Path, Path]) -> None:
     directory = str(tiny[0] / "tiny.toml" / "below")
-    with pytest.raises(Exception, match="Traceback") as caught:
-        run(tiny[0], "--name", "no-disk", "--runtime.local_directory", directory)
-    line = str(storage_error(caught.value))
-    assert line.startswith(f"cannot make the store of real images in {directory}/ncfm-store-")
+    options = ("--runtime.local_directory", directory, "--runtime.max_failures", "3")
+    with pytest.raises(WorkerError) as caught:
+        run(tiny[0], "--name", "no-disk", *options)
+    line = str(caught.value)
+    assert f"cannot make the store of real images in {directory}/ncfm-store-" in line
     assert "Not a directory; " in line
     assert "\n" not in line
+    assert not (tiny[0] / "runs" / "no-disk" / "distilled").exists()
 
 
 def test_a_changed_option_redoes_what_depends_on_it(tiny: tuple[Path, Path]) -> None:

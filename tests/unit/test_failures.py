@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from pipeline.data.local import StoreError
+from pipeline.data.shards import ShardError
 from pipeline.failures import WorkerError, guarded, raise_recorded, worker_error
+from pipeline.image_files import StorageError
 from pipeline.workers import lacking, size_workers
 
 STARTS: list[dict[str, Any]] = []
@@ -36,7 +39,18 @@ def test_a_permanent_error_is_not_tried_again(arguments: dict[str, Any]) -> None
     assert "test_failures.py" in caught.value.details
 
 
-@pytest.mark.parametrize("error", [RuntimeError("NCCL"), OSError(5, "I/O"), MemoryError()])
+@pytest.mark.parametrize("error", [ShardError("it is damaged"), StoreError("the disk is full")])
+def test_real_images_that_cannot_be_had_are_permanent(
+    arguments: dict[str, Any], error: Exception
+) -> None:
+    guarded({**arguments, "error": error})
+    with pytest.raises(WorkerError, match=str(error)):
+        raise_recorded(arguments["failure"])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("NCCL"), OSError(5, "I/O"), MemoryError(), StorageError("cannot read")]
+)
 def test_others_are(arguments: dict[str, Any], error: Exception) -> None:
     arguments["error"] = error
     for _ in range(2):

@@ -5,6 +5,7 @@ from ray.exceptions import RayTaskError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+import pipeline.run
 from pipeline.data.shards import ShardError
 from pipeline.image_files import StorageError
 from pipeline.workers import storage_error
@@ -40,3 +41,17 @@ def test_a_chain_that_leads_back_to_itself_ends() -> None:
     assert storage_error(first) is None
     first.__cause__ = first
     assert storage_error(first) is None
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, as_a_task, as_a_worker])
+def test_the_command_line_prints_it_as_one_line(
+    wrap, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise wrap(FULL)
+
+    monkeypatch.setattr(pipeline.run, "parse_command", fail)
+    with pytest.raises(SystemExit) as ended:
+        pipeline.run.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the disk is full\n"
