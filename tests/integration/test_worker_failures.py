@@ -17,32 +17,33 @@ __all__ = ["scratch"]  # a fixture
 ROOT = Path(__file__).parents[2]
 
 
-def fail_on_rank_1(arguments: dict[str, Any]) -> None:
-    """Rank 1 has a wrong value; the other one waits for it."""
+def fail_on_the_last_rank(arguments: dict[str, Any]) -> None:
+    """The last worker has a wrong value; the others wait for it."""
     import torch.distributed as dist
 
     (Path(arguments["folder"]) / f"start-{uuid.uuid4().hex}").touch()
-    if dist.get_rank() == 1:
+    if dist.get_rank() == dist.get_world_size() - 1:
         raise ValueError("depth must be at least 1, got 0")
     dist.barrier()
 
 
-def test_a_wrong_value_ends_the_run_at_once(ray_cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_wrong_value_ends_the_run_at_once(ray_cluster: str, tmp_path: Path, count: int) -> None:
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test
     with pytest.raises(WorkerError) as caught:
         fit(
-            fail_on_rank_1,
+            fail_on_the_last_rank,
             {"folder": str(tmp_path)},
-            Workers(2, use_gpu=False),
+            Workers(count, use_gpu=False),
             name="wrong-value",
             storage=UPath(tmp_path / "ray"),
             max_failures=3,
         )
     assert str(caught.value) == "a worker failed: ValueError: depth must be at least 1, got 0"
-    assert "fail_on_rank_1" in caught.value.details
-    assert len(list(tmp_path.glob("start-*"))) == 2, "once each, not four times"
+    assert "fail_on_the_last_rank" in caught.value.details
+    assert len(list(tmp_path.glob("start-*"))) == count, "once each, not four times"
 
 
 LATE_GPU = """
