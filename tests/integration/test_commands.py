@@ -32,12 +32,14 @@ EXEMPT = {
     ".ci/run": "runs this very test",
     "pytest": "runs this very test",
     **dict.fromkeys(
-        ("base64", "cd", "chmod", "echo", "export", "mkdir", "source", "tail", "tar"),
+        "base64 cd chmod echo export grep mkdir openssl sleep source tail tar tr".split(),
         "of the shell or the system: nothing of ours",
     ),
     "uv venv": "makes an environment",
     "uv pip": "needs a package index",
 }
+
+KEYWORDS = ("until", "do", "done")  # of the shell
 
 FOLDERS = {  # values of --source.path in the documents: all stand for a folder of images
     *("DATA", "DATASET", "/shared/data/imagenette2-320", "$SCRATCH/data/imagenette2-320"),
@@ -72,11 +74,13 @@ def commands_of(line: str) -> list[list[str]]:
     """The simple commands of a shell line, without variables set before them and redirections."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
-    words = [re.sub(r"^\w+=\$?$", "", word) for word in lexer]
+    words = [re.sub(r"^[A-Za-z_]\w*=.*$", "", word) for word in lexer]
     groups = groupby(words, key=lambda word: not word or set(word) <= set("&|;()"))
     commands = [list(group) for separator, group in groups if not separator]
     ended = [re.split(r"\0[<>]+\0", "\0".join([*command, ""]))[0] for command in commands]
-    return [words for command in ended if (words := [w for w in command.split("\0") if w])]
+    found = [[w for w in command.split("\0") if w and w not in KEYWORDS] for command in ended]
+    # What follows a $(...) goes on with the command around it.
+    return [words for words in found if words and words[0][0] not in "-/"]
 
 
 def documented() -> list[tuple[str, list[str]]]:
