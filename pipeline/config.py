@@ -158,7 +158,9 @@ class RunConfig:
     num_workers: int | None = None
     """Workers of a stage; default: one a GPU, or else one a CPU."""
     use_gpu: bool | None = None
-    """Whether workers take a GPU each; default: if the cluster has any."""
+    """Whether workers take a GPU each; default: if the cluster has any by then. Where nodes come on
+    demand, true asks for them, num_workers of them, and waits.
+    """
     source: SourceConfig = field(default_factory=SourceConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

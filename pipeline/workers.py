@@ -85,6 +85,10 @@ def set_ray_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+NOTICES = ("ray._private.authentication.authentication_token_setup",)
+"""Loggers of Ray that warn of what is as it should be: that a cluster has a token."""
+
+
 def joins() -> bool:
     """Whether this run joins a cluster, to which nodes may still come, instead of starting one."""
     return "RAY_ADDRESS" in os.environ
@@ -99,7 +103,9 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    logging.getLogger("ray").setLevel(logging.WARNING)  # no notices
+    logging.getLogger("ray").setLevel(logging.WARNING)  # no notices, but what it cannot place
+    for name in NOTICES:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if joins():
         ray.init(logging_level=logging.WARNING)
     else:

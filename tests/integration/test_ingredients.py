@@ -1,5 +1,6 @@
 """Trajectories, chosen images and a psi between classes together, in one process without Ray."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from numbered import NumberedSource, write_set
 from upath import UPath
 
+from ncfm.train import TrainConfig
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import RunConfig, parse_command
 from pipeline.data.store import Store
 from pipeline.distill_loop import DistillJob, Loop
+from pipeline.evaluate import EvaluationTask, SetName
 from pipeline.pretrain import PretrainJob, pretrain_loop
 from pipeline.progress import read_rows
 from pipeline.shard import ShardConfig
@@ -122,3 +125,41 @@ def test_batches_and_first_images_are_of_easy_images(
         assert {tuple(image[:, 0, 0].tolist()) for batch in drawn for image in batch} == easy
         tiles = (made.distiller.images[c].detach() * 255).round()[:, :, ::8, ::8].int()
         assert {tuple(pixel.tolist()) for pixel in tiles.permute(0, 2, 3, 1).flatten(0, 2)} <= easy
+
+
+def test_a_network_learns_from_labels_of_every_view(
+    trained: tuple[RunConfig, Store, Path], tmp_path: Path
+) -> None:
+    """Beside hard labels of the same images; all else is the same."""
+    config, store, pool = trained
+
+    def task(name: SetName, **curate: Any) -> EvaluationTask:
+        return EvaluationTask(
+            set=name,
+            repeat=0,
+            identity="some",
+            store=store,
+            distilled=UPath(tmp_path),
+            pool=UPath(pool),
+            pool_model=config.model,
+            networks=2,
+            curate=dataclasses.replace(config.curate, **curate),
+            model=config.model,
+            training=TrainConfig(epochs=4, batch_size=4),
+            hard_epochs=1,
+            ipc=3,
+            factor=2,
+            seed=0,
+        )
+
+    hard, views = task("random"), task("random_soft_views", keep_class=False)
+    assert hard.result_path(UPath(tmp_path)) != views.result_path(UPath(tmp_path))
+    images = [made.random_images([0, 1, 2]).images for made in (hard, views)]
+    assert torch.equal(*images)
+    assert (hard.label_bytes(), views.label_bytes()) == (0, 2 * 3 * 9 * 3)
+    results = [made.run() for made in (hard, views)]
+    assert all(0 <= result["accuracy"] <= 1 for result in results)
+    labels = views._view_labels("cpu")
+    found = labels(torch.randn(5, 3, 16, 16), torch.eye(3)[[0, 1, 2, 0, 1]])
+    torch.testing.assert_close(found.sum(1), torch.ones(5))
+    assert len(labels.teachers) == 2

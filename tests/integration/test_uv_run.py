@@ -76,3 +76,18 @@ def test_the_tests_switch_the_hook_off(folders: list[str], executable: str) -> N
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert executable in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / "uv.lock").exists(), reason="needs uv.lock, which `uv sync` makes")
+def test_a_run_installs_what_running_needs() -> None:
+    """`uv run pipeline/run.py` installs no tools; `--group dev` is the negative control."""
+    tools = {"datasets", "import-linter", "matplotlib", "moto", "mypy", "pytest", "ruff"}
+
+    def packages(*options: str) -> set[str]:
+        command = ["uv", "export", "--frozen", "--no-hashes", "--no-header", "--no-annotate"]
+        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return {line.partition("==")[0] for line in done.stdout.splitlines()}
+
+    assert packages() & {"torch", "ray", *tools} == {"torch", "ray"}
+    assert tools < packages("--group", "dev")
