@@ -32,10 +32,11 @@ from ncfm.fidelity import (
     nearest,
     neighbourhood,
 )
-from ncfm.formation import decode
-from ncfm.images import to_unit
+from ncfm.formation import decode_tiles
+from ncfm.images import ImageSource, InMemoryImages, to_unit
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_generator
+from ncfm.synthetic import SyntheticSet
 from pipeline.audit_config import AuditConfig
 from pipeline.data.batches import ClassBatches
 from pipeline.data.store import Store
@@ -81,12 +82,10 @@ class AuditJob:
     factor: int
     seed: int
 
-    def sets(self) -> Iterator[tuple[str, int, Tensor, Tensor]]:
-        """(set, draw, images (M, C, H, W) in [0, 1], labels (M,)): the distilled set, and draws of
-        as many images as it decodes to.
-        """
+    def sets(self) -> Iterator[tuple[str, int, ImageSource]]:
+        """(set, draw, images): the distilled set, and draws of as many images as it decodes to."""
         synthetic = load(self.distilled)
-        yield "distilled", 0, *synthetic.decode()
+        yield "distilled", 0, synthetic.source()
         spec, each = self.store.spec, self.ipc * self.factor**2
         classes = range(spec.num_classes)
         train = ClassBatches(self.store, classes, self.seed)
@@ -94,26 +93,47 @@ class AuditJob:
         counts = self.store.counts("val")
         for draw in range(self.config.draws):
             random = [train.batch(c, draw, each, purpose="audit_random") for c in classes]
-            yield "random", draw, *_labelled([to_unit(images) for images in random])
+            yield "random", draw, InMemoryImages(*_labelled(random))
             packed = [
                 random_set(images, self.ipc, seed=self.seed, class_index=c, factor=self.factor)
                 for c, images in enumerate(random)
             ]
-            yield (
-                "random_same_factor",
-                draw,
-                *_labelled([decode(images, self.factor) for images in packed]),
-            )
+            stored, labels = _labelled(packed)
+            same_factor = SyntheticSet(stored, labels, self.factor, spec)
+            yield "random_same_factor", draw, same_factor.source()
             real = [
-                to_unit(val.batch(c, draw, each, purpose="audit_held_out"))
+                val.batch(c, draw, each, purpose="audit_held_out")
                 if counts[c]
-                else torch.empty(0, spec.channels, spec.image_size, spec.image_size)
+                else torch.empty(0, spec.channels, spec.image_size, spec.image_size).byte()
                 for c in classes
             ]
-            yield "held_out", draw, *_labelled(real)
+            yield "held_out", draw, InMemoryImages(*_labelled(real))
             generator = keyed_generator(self.seed, "audit_noise", draw)
             noise = torch.rand((each, *synthetic.images.shape[1:]), generator=generator)
-            yield "noise", draw, *_labelled([noise] * spec.num_classes)
+            yield "noise", draw, SameForAll(noise, spec.num_classes)
+
+
+@dataclass(frozen=True)
+class SameForAll:
+    """An ImageSource of the same images for every class, kept once."""
+
+    images: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return self.classes * len(self.images)
+
+    def epoch(
+        self, batch_size: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ImageSource.epoch."""
+        order = (
+            torch.arange(len(self))
+            if generator is None
+            else torch.randperm(len(self), generator=generator)
+        )
+        for index in order.split(batch_size):
+            yield self.images[index % len(self.images)], index // len(self.images)
 
 
 def _labelled(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,7 +165,7 @@ class Extractors:
             self.projections.append(torch.linalg.qr(directions).Q.to(self.device))
 
     @torch.no_grad()
-    def measure(self, images: Tensor, labels: Tensor, place: int) -> dict[str, Tensor]:
+    def measure(self, source: ImageSource, place: int) -> dict[str, Tensor]:
         """What the extractor of that place sees: CF sums of each class, (C, K) and (C, 1) float64,
         and projected features (M, d).
         """
@@ -156,13 +176,14 @@ class Extractors:
             "size": torch.zeros(classes, 1, dtype=torch.float64),
         }
         projected = []
-        for start in range(0, len(images), BATCH):
-            part = to_unit(images[start : start + BATCH].to(self.device))
+        for images, labels in source.epoch(BATCH, None):
+            if not len(images):
+                continue
+            part = to_unit(images.to(self.device))
             x = F.normalize(self.networks[place].features(self.spec.normalize(part)), dim=1)
             projected.append((x @ self.projections[place]).cpu())
-            mine = labels[start : start + BATCH]
-            for c in mine.unique().tolist():
-                found = cf_sums(x[(mine == c).to(x.device)], t)
+            for c in labels.unique().tolist():
+                found = cf_sums(x[(labels == c).to(x.device)], t)
                 for name, value in found._asdict().items():
                     sums[name][c] += value.double().cpu()
         width = self.projections[place].shape[1]
@@ -184,11 +205,12 @@ def measure_sets(job: AuditJob, device: str) -> bytes:
     "<set>/<draw>/pixels", "labels". Runs inside a Ray task.
     """
     extractors, tensors = Extractors(job, device), {}
-    for name, draw, images, labels in job.sets():
-        tensors[f"{name}/{draw}/pixels"] = shrunk(images)
-        tensors[f"{name}/{draw}/labels"] = labels
+    for name, draw, source in job.sets():
+        parts = [(shrunk(images), labels) for images, labels in source.epoch(BATCH, None)]
+        tensors[f"{name}/{draw}/pixels"] = torch.cat([pixels for pixels, _ in parts])
+        tensors[f"{name}/{draw}/labels"] = torch.cat([labels for _, labels in parts])
         for place in range(len(job.extractors)):
-            found = extractors.measure(images, labels, place)
+            found = extractors.measure(source, place)
             tensors |= {f"{name}/{draw}/{place}/{key}": value for key, value in found.items()}
     return save_tensors(tensors)
 
@@ -246,7 +268,7 @@ class ShardPass:
         sampled = self.sampled[start : start + piece.size]
         tensors: dict[str, Tensor] = {}
         for e in range(len(self.job.extractors)):
-            found = self.extractors.measure(images, labels, e)
+            found = self.extractors.measure(InMemoryImages(images, labels), e)
             features = found.pop("features")
             moments = Moments.of(features)
             tensors |= {f"{e}/{key}": value[piece.label] for key, value in found.items()}
@@ -424,18 +446,19 @@ def _feature_measures(
 
 def _write_pairs(job: AuditJob, near: Nearest, directory: UPath) -> None:
     """nearest.png: the synthetic images that are nearest to a real one, above that one."""
-    images, _ = load(job.distilled).decode()
-    order = near.distance.argsort(stable=True)[:PAIRS].tolist()
+    synthetic = load(job.distilled)
+    order = near.distance.argsort(stable=True)[:PAIRS]
+    images = decode_tiles(synthetic.images, synthetic.factor, order)
     pieces = train_pieces(job.store)
     starts = list(accumulate((piece.size for piece in pieces), initial=0))
     columns = []
-    for m in order:
+    for image, m in zip(images, order.tolist(), strict=True):
         index = int(near.place[m])
         place = next(p for p in range(len(pieces)) if index < starts[p + 1])
         real = to_unit(pieces[place].images(job.store)[index - starts[place]])
-        columns.append(torch.cat([images[m], real], dim=1))
+        columns.append(torch.cat([image, real], dim=1))
     write_atomic(directory / "nearest.png", png(to_pixels(torch.cat(columns, dim=2))))
-    distances = [float(near.distance[m]) for m in order]
+    distances = near.distance[order].tolist()
     write_atomic(directory / "nearest.json", json.dumps({"distance": distances}))
 
 
