@@ -46,7 +46,7 @@ EXEMPT = {
             "tail",
             "tar",
             "tr",
-        ),  # fmt: skip
+        ),
         "of the shell or the system: nothing of ours",
     ),
     "uv venv": "makes an environment",
