@@ -68,7 +68,9 @@ SMALL = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_preset_takes_a_step(name: str) -> None:
-    """On random images, with fewer channels and images, not compiled; all else is the preset's."""
+    """On random images, with fewer channels and images, of ten of its classes at most (the share of
+    one worker of many), not compiled; all else is the preset's.
+    """
     classes, channels, size, _, _ = CELLS[name.rpartition("_ipc")[0]]
     config = config_of(name, *SMALL)
     spec = ImageSpec(
@@ -85,12 +87,13 @@ def test_the_preset_takes_a_step(name: str) -> None:
         for seed in range(2)
     ]
     states = [network.state_dict() for network in networks]
-    shape = (classes, 4, channels, size, size)
+    own = range(min(classes, 10))
+    shape = (len(own), 4, channels, size, size)
     real = torch.randint(0, 256, shape, generator=keyed_generator(0, "real"), dtype=torch.uint8)
     distiller = Distiller(
         {
             c: initial_images(real[c], 1, config.synthetic, keyed_generator(0, "start", c))
-            for c in range(classes)
+            for c in own
         },
         factor=config.synthetic.factor,
         spec=spec,
@@ -99,9 +102,10 @@ def test_the_preset_takes_a_step(name: str) -> None:
         config=config.distill,
         frequencies=config.frequencies,
         augment=config.augment,
+        num_classes=classes,
     )
     before = {c: images.detach().clone() for c, images in distiller.images.items()}
-    metrics = distiller.update({c: real[c, :2] for c in range(classes)})
+    metrics = distiller.update({c: real[c, :2] for c in own})
     assert set(metrics) == {"ncfd", "calibration"}
     assert all(torch.isfinite(value) for value in metrics.values())
     for c, images in distiller.images.items():
