@@ -19,7 +19,7 @@ from pipeline.shard import SHARD_VERSION
 
 
 def test_shards(tiny: tuple[Path, Path]) -> None:
-    (shards,) = (tiny[0] / "runs" / "cache").glob("shard-*")
+    shards = Path(json.loads((tiny[1] / "stages.json").read_text())["shard"]["directory"])
     tars = sorted(shards.rglob("*.tar"))
     assert tars
     hashes = [int(hashlib.sha256(tar.read_bytes()).hexdigest()[:12], 16) for tar in tars]
@@ -27,7 +27,7 @@ def test_shards(tiny: tuple[Path, Path]) -> None:
 
 
 def test_networks(tiny: tuple[Path, Path]) -> None:
-    (pool,) = (tiny[0] / "runs" / "cache").glob("pretrain-*")
+    pool = Path(json.loads((tiny[1] / "stages.json").read_text())["pretrain"]["directory"])
     (first, *_) = sorted(pool.glob("network-*.safetensors"))
     values = {name: golden.moments(tensor) for name, tensor in load_file(first).items()}
     golden.check("pretrain", PRETRAIN_VERSION, values, tolerance=1e-3)

@@ -115,7 +115,8 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     plan = make_plan(found.config, found.source, found.toml)
     assert asked[0][0].real == [64, 64], "each of five workers has two classes"
     assert plan.distill_s == 24 * 1.0
-    assert plan.memory == 2**30 + 2 * 200 * 3 * 32**2, "and their images"
+    assert plan.memory == 2**30, "the pages of the store are the kernel's cache"
+    assert plan.store_bytes == 2500 * 3 * 32**2
     assert (asked[-1][0].device, asked[-1][1]) == ("cpu", min(5, len(os.sched_getaffinity(0))))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     for options, device in (((), "cuda"), (("--use_gpu", "false"), "cpu")):
