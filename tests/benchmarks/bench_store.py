@@ -1,6 +1,6 @@
 """The node's store: making it, batches from it, and memory.
 
-    python tests/benchmarks/bench_store.py --out tests/benchmarks/results/store.csv
+    python tests/benchmarks/bench_store.py --out store.csv
 
 `make`: images/s of making the store, and of one epoch of the webdataset library's own loader with
 decoding over the same shards, by turns; the library's workers are given their start for nothing.
