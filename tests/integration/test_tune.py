@@ -182,7 +182,8 @@ def test_what_would_only_fail_again_is_a_result(
     sweep = SweepJob(name="x", config=found.config, directory=UPath(tmp_path), inputs=inputs)
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.tune.report", reports.append)
-    run_trial({"number": 7, "values": json.dumps({"frequencies.sigma": 1e39})}, sweep=sweep)
+    values = json.dumps({"frequencies.sigma": 1e39})
+    run_trial({"number": 7, "values": values}, sweep=sweep, device="cpu")
     assert [set(report) for report in reports] == [{"number", "failure"}]
     assert "not finite" in reports[0]["failure"]
 
