@@ -2,7 +2,7 @@
 # Installs this checkout with the exact versions in constraints.txt, those of indirect dependencies included: Ray needs
 # the same versions, and the same Python minor version, on every node. To make that file anew after a change of
 # pyproject.toml:
-#   uv pip compile --universal --all-extras --no-header --no-annotate --no-emit-index-url pyproject.toml -o cluster/constraints.txt
+#   uv pip compile --universal --all-extras --no-header --no-annotate pyproject.toml -o cluster/constraints.txt
 #
 #   cluster/install.sh PYTHON [PACKAGE...]      PYTHON: the interpreter to install into; PACKAGE: further packages
 #

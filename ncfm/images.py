@@ -59,6 +59,11 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
+def epoch_order(count: int, generator: torch.Generator | None) -> Tensor:
+    """Places of `count` images in an epoch: a permutation, or as they are without a generator."""
+    return torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+
+
 class ImageSource(Protocol):
     """Labelled images that can be walked through in epochs, whether they fit in memory or not."""
 
@@ -94,12 +99,7 @@ class InMemoryImages:
         self, batch_size: int, generator: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See ImageSource.epoch."""
-        order = (
-            torch.arange(len(self))
-            if generator is None
-            else torch.randperm(len(self), generator=generator)
-        )
-        for index in order.to(self.images.device).split(batch_size):
+        for index in epoch_order(len(self), generator).to(self.images.device).split(batch_size):
             yield self.images[index], self.labels[index]
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from upath import UPath
 
 from ncfm.formation import decode, decode_tiles, encode
-from ncfm.images import ImageSource, ImageSpec, to_unit
+from ncfm.images import ImageSource, ImageSpec, epoch_order, to_unit
 
 FORMAT, VERSION = "ncfm-synthetic", 1
 REQUIRED = ("factor", "channels", "image_size", "mean", "std", "class_names", "sha256")
@@ -95,12 +95,7 @@ class DecodedImages:
         self, batch_size: int, generator: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See ImageSource.epoch."""
-        order = (
-            torch.arange(len(self))
-            if generator is None
-            else torch.randperm(len(self), generator=generator)
-        )
-        for index in order.split(batch_size):
+        for index in epoch_order(len(self), generator).split(batch_size):
             yield decode_tiles(self.stored, self.factor, index), self.labels[index]
 
 

@@ -33,7 +33,7 @@ from ncfm.fidelity import (
     neighbourhood,
 )
 from ncfm.formation import decode_tiles
-from ncfm.images import ImageSource, InMemoryImages, to_unit
+from ncfm.images import ImageSource, InMemoryImages, epoch_order, to_unit
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_generator
 from ncfm.synthetic import SyntheticSet
@@ -47,7 +47,7 @@ from pipeline.stage import Manifest, peak_rss_bytes, write_atomic
 from pipeline.workers import Workers
 
 AUDIT_VERSION = 2
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 SETS = ("distilled", "random", "random_same_factor", "held_out", "noise")
 BATCH = 256  # images through an extractor at a time
 PIXELS = 32  # px to which images are shrunk before pixels are compared
@@ -127,12 +127,7 @@ class SameForAll:
         self, batch_size: int, generator: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See ImageSource.epoch."""
-        order = (
-            torch.arange(len(self))
-            if generator is None
-            else torch.randperm(len(self), generator=generator)
-        )
-        for index in order.split(batch_size):
+        for index in epoch_order(len(self), generator).split(batch_size):
             yield self.images[index % len(self.images)], index // len(self.images)
 
 

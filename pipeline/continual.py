@@ -15,7 +15,7 @@ import torch
 from ncfm.seeding import keyed_generator
 
 CONTINUAL_VERSION = 1
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pipeline.stage import Manifest, peak_rss_bytes
 from pipeline.workers import Workers
 
 CURATE_VERSION = 1
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from pipeline.workers import Workers, fit
 __all__ = ["DistillJob", "distill", "write_set"]
 
 DISTILL_VERSION = 2
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
 
 def distill(

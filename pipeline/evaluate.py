@@ -48,7 +48,7 @@ SetName = Literal[
 ]
 
 EVALUATE_VERSION = 2
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 MOST_THREADS = 4  # of a network: batches of 128 are trained in four parts
 CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 

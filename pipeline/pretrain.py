@@ -30,7 +30,7 @@ from pipeline.workers import Workers, current_context, fit
 State = dict[str, Tensor]
 
 PRETRAIN_VERSION = 2
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from ncfm.models import ModelConfig, Norm
 
 SEARCH_PROXY_VERSION = 1
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ __all__ = ["ShardConfig", "build_manifest", "plan", "shard", "shard_identity"]
 logger = logging.getLogger(__name__)
 
 SHARD_VERSION = 4
-"""To be raised when this stage's results change; see tests/unit/test_golden.py."""
+"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
 MOST_IMAGES, FEWEST_IMAGES = 4000, 200  # in a Ray task: ten seconds, and half of one
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncfm.images import to_device
+from ncfm.images import epoch_order, to_device
 from ncfm.seeding import keyed_generator
 from pipeline.data.store import Store
 from pipeline.sources import Split
@@ -113,12 +113,7 @@ class StoredImages:
         """Batches of images (N, C, H, W) uint8 and labels (N,) int64; without a generator class by
         class.
         """
-        order = (
-            torch.arange(len(self))
-            if generator is None
-            else torch.randperm(len(self), generator=generator)
-        )
-        for index in order.split(batch_size):
+        for index in epoch_order(len(self), generator).split(batch_size):
             yield self._gather(index.numpy())
 
     def _gather(self, index: np.ndarray) -> tuple[Tensor, Tensor]:

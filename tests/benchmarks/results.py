@@ -177,6 +177,12 @@ def readme_table(rows: Sequence[Row], published: Sequence[Row]) -> str:
     return table(lines)
 
 
+def hours(group: Sequence[Row]) -> str:
+    """Mean hours of a run; nothing where they were not kept."""
+    kept = [row["hours"] for row in group if row["hours"] is not None]
+    return f"{statistics.fmean(kept):.1f}" if kept else ""
+
+
 def networks(group: Sequence[Row]) -> str:
     """How many networks judged how many sets."""
     return f"{len(group)} x {len(group[0]['accuracy'])}, width {group[0]['width']}"
@@ -203,7 +209,7 @@ def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
                 first["set"], accuracy(group),
                 accuracy(group, "best_on_test") if "best_on_test" in first else "",
                 networks(group), f"{first['steps']:,}", f"{first['evaluation_epochs']:,}",
-                f"{statistics.fmean(row['hours'] for row in group):.1f}", options,
+                hours(group), options,
                 first["commit"][:9],
             ])  # fmt: skip
         parts += [f"## {data}, {ipc} image{'s' * (ipc > 1)} per class", table(lines)]

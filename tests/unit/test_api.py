@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 
 import ncfm
-from ncfm.api import as_arrays, spec_of
+from ncfm.arrays import as_arrays, spec_of
 from ncfm.distill import DistillConfig
 from ncfm.models import ModelConfig
 from ncfm.synthetic import SyntheticConfig
