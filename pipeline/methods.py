@@ -16,7 +16,7 @@ from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig
 from ncfm.frequencies import FrequencyConfig
 from ncfm.synthetic import SyntheticConfig
-from pipeline.protocols import flat
+from pipeline.runtime.identity import dotted
 
 MethodName = Literal["dm", "dance", "tgdd", "ncfm", "ncfm_psi"]
 
@@ -106,11 +106,8 @@ def _dance(ipc: int, image_size: int) -> dict[str, Any]:
 def method_settings(name: str, *, ipc: int, image_size: int) -> dict[str, Any]:
     """What a method sets: dotted option -> value. Raises ValueError if there is no such."""
     found = method(name, ipc=ipc, image_size=image_size)
-    values = dict(
-        pair
-        for group in ("distill", "frequencies", "synthetic", "augment")
-        for pair in flat(group, dataclasses.asdict(getattr(found, group)))
-    )
+    groups = ("distill", "frequencies", "synthetic", "augment")
+    values = dotted({group: dataclasses.asdict(getattr(found, group)) for group in groups})
     for spending in SPENDING:
         del values[f"distill.{spending}"]
     if found.snapshot_every is not None:

@@ -4,10 +4,9 @@ import sys
 
 from upath import UPath
 
-from pipeline.config import UsageError, exit_with_usage_error, parse_command
-from pipeline.failures import WorkerError, worker_error
-from pipeline.sources import SourceError
-from pipeline.stage import StageError, write_atomic
+from pipeline.cli import exit_with_usage_error, parse_command
+from pipeline.errors import SourceError, StageError, UsageError, WorkerError
+from pipeline.runtime.files import write_atomic
 
 
 def main() -> None:
@@ -15,25 +14,15 @@ def main() -> None:
     directory: UPath | None = None
     try:
         if sys.argv[1:2] == ["compare"]:
-            from pipeline.reporting.compare import compare_command
+            from pipeline.observe.reporting.compare import compare_command
 
             print(compare_command(sys.argv[2:]))  # noqa: T201
             return
         command = parse_command(sys.argv[1:])
-        if command.stages == ("clean",):
-            from pipeline.data.local import clean_command
-
-            print(clean_command(command.config))  # noqa: T201
-            return
         directory = command.config.run_directory
-        from pipeline.stages import Run  # after the parsing: --help and errors need none of this
+        from pipeline.graph import Run  # after the parsing: --help and errors need none of this
 
-        run = Run(command)
-        if command.stages != ("plan",):  # which writes nothing
-            run.start()
-        stages = run.stages()
-        for name in command.stages:
-            stages[name]()
+        Run(command).perform(command.stages)
     except (UsageError, SourceError) as error:
         exit_with_usage_error(error)
     except StageError as error:
@@ -42,7 +31,7 @@ def main() -> None:
         print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Exception as error:
-        from pipeline.workers import storage_error
+        from pipeline.runtime.failures import storage_error, worker_error
 
         if (storage := storage_error(error)) is not None:
             exit_with_usage_error(storage)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ncfm.images import epoch_order, to_device
 from ncfm.seeding import keyed_generator
+from pipeline.data.sources import Split
 from pipeline.data.store import Store
-from pipeline.sources import Split
 
 logger = logging.getLogger(__name__)
 

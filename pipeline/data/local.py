@@ -7,22 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from upath import UPath
 
-from pipeline.image_files import StorageError
-
-if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+from pipeline.errors import StoreError
 
 PREFIX = "ncfm-store-"
 NETWORK_FILE_SYSTEMS = ("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gpfs", "lustre", "nfs",
     "panfs", "smb", "virtiofs", "wekafs")  # fmt: skip
-
-
-class StoreError(StorageError):
-    """A store cannot be made here; to try again would not help. The message is one line."""
 
 
 def store_root(cache: UPath, local_directory: str | None) -> Path:
@@ -95,11 +87,3 @@ def clean(root: Path) -> list[tuple[Path, int]]:
                 shutil.rmtree(directory)
                 removed.append((directory, size))
     return removed
-
-
-def clean_command(config: "RunConfig") -> str:
-    """Remove this machine's stores of a storage path; says what was removed."""
-    root = store_root(config.storage / "cache", config.runtime.local_directory)
-    removed = clean(root)
-    lines = [f"removed {path} ({size / 2**20:,.0f} MiB)" for path, size in removed]
-    return "\n".join(lines or [f"no store of real images to remove in {root}"])

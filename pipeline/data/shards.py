@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from pipeline.image_files import StorageError
-from pipeline.sources import Sample, Split
-from pipeline.stage import Manifest, peak_rss_bytes, read_json, write_atomic
+from pipeline.data.sources import Sample, Split
+from pipeline.errors import ShardError, StorageError
+from pipeline.runtime.files import Manifest, read_json, write_atomic
+from pipeline.runtime.identity import peak_rss_bytes
 
 SUFFIX = {"png": "png", "jpeg": "jpg", "raw": "npy"}  # as webdataset and Ray Data decode them
 TAR_OVERHEAD = 2048  # bytes a sample: two headers, the label's block, padding
@@ -192,10 +193,6 @@ def _tar(task: ShardTask, encoded: dict[str, bytes], suffix: str) -> bytes:
             writer.write({"__key__": key, suffix: encoded.pop(sample.key), "cls": label})
     writer.close()
     return buffer.getvalue()
-
-
-class ShardError(StorageError):
-    """A shard is missing or damaged; the message names the file and says what to do."""
 
 
 def read_shard(directory: UPath, entry: Manifest) -> Iterator[tuple[str, bytes]]:

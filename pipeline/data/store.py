@@ -1,8 +1,8 @@
 """The store of a node: the real images of each class, decoded once, as a uint8 memory map.
 
-The way of an image: source -> shard of one class (`pipeline.shard`) -> store -> batches by index
-(`pipeline.data.batches`). All processes of a node share a store through the page cache: how much of
-it is in memory is the kernel's business, and no batch depends on it.
+The way of an image: source -> shard of one class (`pipeline.stages.shard`) -> store -> batches by
+index (`pipeline.data.batches`). All processes of a node share a store through the page cache: how
+much of it is in memory is the kernel's business, and no batch depends on it.
 
     <root>/ncfm-store-<fingerprint of the shards' hashes>/<split>/<class>.u8    (N, C, H, W) uint8
                                                                   <class>.json  its index
@@ -33,12 +33,13 @@ from torch import Tensor
 from upath import UPath
 
 from ncfm.images import ImageSpec
-from pipeline.data.local import PREFIX, StoreError, in_use, locked, store_root
-from pipeline.data.shards import ShardError, read_shard
-from pipeline.image_files import StorageError
-from pipeline.progress import Progress
-from pipeline.sources import Split
-from pipeline.stage import Manifest, fingerprint, read_json, write_atomic
+from pipeline.data.local import PREFIX, in_use, locked, store_root
+from pipeline.data.shards import read_shard
+from pipeline.data.sources import Split
+from pipeline.errors import ShardError, StorageError, StoreError
+from pipeline.observe.progress import Progress
+from pipeline.runtime.files import Manifest, read_json, write_atomic
+from pipeline.runtime.identity import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ import ncfm.train
 from ncfm.evaluate import judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, build_model
-from pipeline.config import PRESETS, parse_command
-from pipeline.evaluate import shares
+from pipeline.cli import PRESETS, parse_command
+from pipeline.stages.networks import shares
 
 WHOLE = 200
 CASES = {"small": [4], "whole": [WHOLE], "stage": [1, 4, 4, WHOLE]}

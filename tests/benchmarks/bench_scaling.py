@@ -25,14 +25,15 @@ import torch.distributed as dist
 from upath import UPath
 
 from ncfm.frequencies import FrequencyConfig
-from pipeline.assignment import ClassCost, assign
-from pipeline.checkpoint import CheckpointWriter
-from pipeline.collectives import predicted_bytes
-from pipeline.config import parse_command
-from pipeline.distill_loop import DistillJob, distill_loop
-from pipeline.progress import read_rows
-from pipeline.stages import Run
-from pipeline.workers import Workers, connect, current_context, fit
+from pipeline.cli import parse_command
+from pipeline.graph import Run
+from pipeline.observe.progress import read_rows
+from pipeline.runtime.assignment import ClassCost, assign
+from pipeline.runtime.checkpoint import CheckpointWriter
+from pipeline.runtime.collectives import predicted_bytes
+from pipeline.runtime.workers import Workers, connect, current_context, fit
+from pipeline.stages.distill import Distill
+from pipeline.stages.distill_loop import DistillJob, distill_loop
 
 OFTEN, NEVER = 0.0, 1e9
 
@@ -75,7 +76,7 @@ class Bench:
         }
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))
         run.start()
-        self.job: DistillJob = run.distill_job()
+        self.job: DistillJob = run.stage(Distill).job
         ray.shutdown()  # its processes have no core of their own here
 
     def _job(

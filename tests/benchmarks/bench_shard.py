@@ -27,8 +27,9 @@ import ray
 from PIL import Image
 from upath import UPath
 
-from pipeline.shard import ShardConfig, shard
-from pipeline.sources import FolderSource
+from pipeline.data.shards import ShardConfig
+from pipeline.data.sources import FolderSource
+from pipeline.stages.shard import shard
 
 
 def make_image(number: int, root: Path, classes: int, size: tuple[int, int]) -> None:

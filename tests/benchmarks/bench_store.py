@@ -35,10 +35,10 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.data.batches import ClassBatches, StoredImages
-from pipeline.data.shards import write_shard
+from pipeline.data.shards import ShardConfig, write_shard
+from pipeline.data.sources import SPLITS, Found, Sample, SampleList
 from pipeline.data.store import Store
-from pipeline.shard import ShardConfig, build_manifest, plan
-from pipeline.sources import SPLITS, Found, Sample, SampleList
+from pipeline.stages.shard import build_manifest, plan
 
 SIZE = 128
 COLUMNS = ("date", "commit", "machine", "what", "variant", "median", "least", "largest", "repeats",

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import parse_command
+from pipeline.cli import parse_command
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "pipeline" / "presets"

@@ -7,10 +7,10 @@ from PIL import Image
 from torch import Tensor
 from upath import UPath
 
-from pipeline.data.shards import write_shard
+from pipeline.data.shards import ShardConfig, write_shard
+from pipeline.data.sources import SPLITS, Sample, Source, Split
 from pipeline.data.store import Store
-from pipeline.shard import ShardConfig, build_manifest, plan
-from pipeline.sources import SPLITS, Sample, Source, Split
+from pipeline.stages.shard import build_manifest, plan
 
 COUNTS = {"train": (100, 64, 7), "val": (5, 0, 3), "select": (0, 0, 0)}
 

@@ -22,12 +22,12 @@ from numbered import everything
 from PIL import Image
 from upath import UPath
 
-from pipeline.data.shards import write_shard
+from pipeline.data.shards import ShardConfig, write_shard
+from pipeline.data.sources import SPLITS, Source, SourceConfig, open_source
 from pipeline.data.store import Store
-from pipeline.image_files import StorageError
-from pipeline.shard import ShardConfig, build_manifest, plan, shard
-from pipeline.sources import SPLITS, Source, SourceConfig, SourceError, open_source
-from pipeline.stage import Manifest
+from pipeline.errors import SourceError, StorageError
+from pipeline.runtime.files import Manifest
+from pipeline.stages.shard import build_manifest, plan, shard
 
 SIZE = 8
 CONFIG = ShardConfig(image_size=SIZE, shard_size=100, max_bad=1)

@@ -12,8 +12,8 @@ from numbered import COUNTS, NumberedSource, everything, numbers, write_set
 from ncfm.images import ImageSource, InMemoryImages
 from ncfm.seeding import keyed_generator
 from pipeline.data.batches import ClassBatches, StoredImages, warn_of_small_classes
+from pipeline.data.shards import ShardConfig
 from pipeline.data.store import Store
-from pipeline.shard import ShardConfig
 
 STEPS = range(0, 400, 3)
 

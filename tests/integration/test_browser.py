@@ -13,8 +13,8 @@ from test_report import write_run
 from test_report_parts import audited, evaluated, stepped, used
 from upath import UPath
 
-from pipeline.reporting.compare import write_comparison
-from pipeline.reporting.report import write_report
+from pipeline.observe.reporting.compare import write_comparison
+from pipeline.observe.reporting.report import write_report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -10,8 +10,8 @@ import pytest
 import torch
 from upath import UPath
 
-import pipeline.checkpoint
-from pipeline.checkpoint import CheckpointWriter, load_checkpoint, newest_step
+import pipeline.runtime.checkpoint
+from pipeline.runtime.checkpoint import CheckpointWriter, load_checkpoint, newest_step
 
 
 def state_of(step: int, *classes: int) -> dict[str, torch.Tensor]:
@@ -150,13 +150,13 @@ def test_members_who_only_share_classes_write_nothing(directory: UPath) -> None:
 
 
 def test_the_loop_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, write_atomic = threading.Event(), pipeline.checkpoint.write_atomic
+    gate, write_atomic = threading.Event(), pipeline.runtime.checkpoint.write_atomic
 
     def slowly(path: Any, data: Any) -> None:
         assert gate.wait(30)
         write_atomic(path, data)
 
-    monkeypatch.setattr(pipeline.checkpoint, "write_atomic", slowly)
+    monkeypatch.setattr(pipeline.runtime.checkpoint, "write_atomic", slowly)
     writer = CheckpointWriter(UPath(tmp_path))
     writer.save(5, state_of(5, 0))  # returns although nothing can be written
     assert writer.busy
@@ -169,7 +169,7 @@ def test_an_error_while_writing_comes_out(tmp_path: Path, monkeypatch: pytest.Mo
     def full(path: Any, data: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(pipeline.checkpoint, "write_atomic", full)
+    monkeypatch.setattr(pipeline.runtime.checkpoint, "write_atomic", full)
     writer = CheckpointWriter(UPath(tmp_path))
     writer.save(5, state_of(5, 0))
     with pytest.raises(OSError, match="no space"):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from pipeline.cli import PRESETS, STAGES, parse_command
+from pipeline.errors import UsageError
 from upath import UPath
 
-from pipeline.config import PRESETS, STAGES, UsageError, parse_command
 from pipeline.methods import MethodName, method
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 from tiny import copied, stage
-from upath import UPath
 
-from pipeline.config import UsageError, parse_command
-from pipeline.evaluate import evaluate, shares
-from pipeline.protocols import PROTOCOLS, changes
-from pipeline.stages import Run
-from pipeline.workers import Workers
+from pipeline.cli import parse_command
+from pipeline.errors import UsageError
+from pipeline.graph import Run
+from pipeline.runtime.workers import Workers
+from pipeline.stages.evaluate import rows_of
+from pipeline.stages.network_stage import evaluation_task
+from pipeline.stages.networks import run_tasks, shares
+from pipeline.stages.protocols import PROTOCOLS, protocol_changes
 
 
 def config_of(*arguments: str):  # type: ignore[no-untyped-def]
@@ -24,14 +26,14 @@ def test_a_protocol_on_the_command_line_is_whole(name: str) -> None:
     config = config_of("--evaluate.protocol", name)
     assert config.evaluate == PROTOCOLS[name].evaluate  # type: ignore[index]
     assert config.curate == PROTOCOLS[name].curate  # type: ignore[index]
-    assert changes(config.evaluate, config.curate) == []
+    assert protocol_changes(config.evaluate, config.curate) == []
 
 
 def test_options_beside_a_protocol_override_it(tmp_path: Path) -> None:
     config = config_of("--evaluate.training.epochs", "7", "--evaluate.protocol=paper")
     assert config.evaluate.training.epochs == 7
     assert config.evaluate.legacy_every == 100
-    assert changes(config.evaluate, config.curate) == ["evaluate.training.epochs"]
+    assert protocol_changes(config.evaluate, config.curate) == ["evaluate.training.epochs"]
     preset = tmp_path / "some.toml"
     preset.write_text('[evaluate]\nprotocol = "quick"\nrepeats = 4\n')
     config = config_of("--config", str(preset))
@@ -114,12 +116,12 @@ def test_a_protocol_gives_the_same_on_one_and_four_workers(
         run = Run(parse_command(["evaluate", *options]))
         sets = ["distilled_soft", "random_soft"]
     tasks = [
-        run._task(name, repeat, model=run.config.model)  # type: ignore[arg-type]
+        evaluation_task(run, name, repeat, model=run.config.model)  # type: ignore[arg-type]
         for name in sets
         for repeat in range(3)  # six networks on four workers: two of them have two threads
     ]
     rows = [
-        evaluate(tasks, UPath(tmp_path / str(count)), Workers(count, False))["rows"]
+        rows_of(tasks, run_tasks(tasks, tmp_path / str(count), Workers(count, False), stage="x"))
         for count in (1, 4)
     ]
     assert rows[0] == rows[1]

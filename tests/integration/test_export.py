@@ -14,9 +14,10 @@ from upath import UPath
 
 from ncfm import SyntheticSet
 from ncfm.images import ImageSpec
-from pipeline.config import UsageError, parse_command
-from pipeline.directories import folder_names
-from pipeline.export import export
+from pipeline.cli import parse_command
+from pipeline.errors import UsageError
+from pipeline.runtime.directories import folder_names
+from pipeline.stages.export_formats import export
 
 NAMES = ("cat", "größe: x/y", "tench, 'Tinca' | tinca")
 ROUNDING = 0.5 / 255 + 1e-6  # PNG has 8 bits

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import ncfm
-from pipeline.distill import DISTILL_VERSION
-from pipeline.evaluate import EVALUATE_VERSION
-from pipeline.pretrain import PRETRAIN_VERSION
-from pipeline.shard import SHARD_VERSION
+from pipeline.stages.distill import DISTILL_VERSION
+from pipeline.stages.networks import EVALUATE_VERSION
+from pipeline.stages.pretrain import PRETRAIN_VERSION
+from pipeline.stages.shard import SHARD_VERSION
 
 
 def test_shards(tiny: tuple[Path, Path]) -> None:

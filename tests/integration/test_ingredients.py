@@ -10,14 +10,15 @@ from numbered import NumberedSource, write_set
 from upath import UPath
 
 from ncfm.train import TrainConfig
-from pipeline.checkpoint import load_checkpoint
-from pipeline.config import RunConfig, parse_command
+from pipeline.cli import parse_command
+from pipeline.config import RunConfig
+from pipeline.data.shards import ShardConfig
 from pipeline.data.store import Store
-from pipeline.distill_loop import DistillJob, Loop
-from pipeline.evaluate import EvaluationTask, SetName
-from pipeline.pretrain import PretrainJob, pretrain_loop
-from pipeline.progress import read_rows
-from pipeline.shard import ShardConfig
+from pipeline.observe.progress import read_rows
+from pipeline.runtime.checkpoint import load_checkpoint
+from pipeline.stages.distill_loop import DistillJob, Loop
+from pipeline.stages.evaluate import EvaluationTask, SetName
+from pipeline.stages.pretrain import PretrainJob, pretrain_loop
 
 OPTIONS = [
     *("--shard.image_size", "16", "--model.depth", "2", "--model.width", "16", "--ipc", "2"),

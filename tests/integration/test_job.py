@@ -29,8 +29,8 @@ from raylets import (
 from upath import UPath
 
 import ncfm
-from pipeline.checkpoint import newest_step
-from pipeline.progress import read_rows
+from pipeline.observe.progress import read_rows
+from pipeline.runtime.checkpoint import newest_step
 
 __all__ = ["scratch"]  # a fixture
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import ncfm
-from pipeline.config import parse_command
-from pipeline.progress import read_rows
-from pipeline.stage import StageError
-from pipeline.stages import Run
+from pipeline.cli import parse_command
+from pipeline.errors import StageError
+from pipeline.graph import Run
+from pipeline.observe.progress import read_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -66,7 +66,7 @@ class Runs:
         """The distilled images; the run is started in this process."""
         run = Run(parse_command(self.arguments(name, *options)))
         run.start()
-        run.stages()["distill"]()
+        run.action("distill").perform()
         return ncfm.load(self.folder / "runs" / name / "distilled").images
 
     def start(self, name: str, *options: str) -> subprocess.Popen[bytes]:

@@ -10,10 +10,10 @@ import torch
 from fsspec import register_implementation
 from upath import UPath
 
-from pipeline.checkpoint import CheckpointWriter, newest_step
 from pipeline.config import RunConfig
-from pipeline.health import FATAL, fatal_error
-from pipeline.progress import append_rows, read_rows
+from pipeline.observe.progress import append_rows, read_rows
+from pipeline.runtime.checkpoint import CheckpointWriter, newest_step
+from pipeline.runtime.health import FATAL, fatal_error
 
 
 def test_what_another_process_writes_is_seen(bucket: UPath) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import golden
 import pytest
 import torch
+from pipeline.errors import WorkerError
 from tiny import run, stage
 
 import ncfm
-from pipeline.curate import CURATE_VERSION
-from pipeline.failures import WorkerError
-from pipeline.progress import read_rows
+from pipeline.observe.progress import read_rows
+from pipeline.stages.curate import CURATE_VERSION
 
 ROOT = Path(__file__).parents[2]
 

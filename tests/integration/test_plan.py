@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from ncfm.images import ImageSpec
-from pipeline.assignment import ClassCost
-from pipeline.checkpoint import load_checkpoint
-from pipeline.config import PRESETS, UsageError, parse_command
-from pipeline.plan import GPUS, gpu_step_s, make_plan, shard_bytes, told
-from pipeline.probe import Answer, Request, forward_flops
-from pipeline.progress import read_rows
-from pipeline.stages import Run
+from pipeline.cli import PRESETS, parse_command
+from pipeline.errors import UsageError
+from pipeline.graph import Run
+from pipeline.observe.progress import read_rows
+from pipeline.runtime.assignment import ClassCost
+from pipeline.runtime.checkpoint import load_checkpoint
+from pipeline.stages.distill import Distill
+from pipeline.stages.plan import GPUS, estimate, estimate_lines, gpu_step_s, shard_bytes
+from pipeline.stages.probe import Answer, Request, forward_flops
+from pipeline.stages.shard import Shard
 
 PRESET = """
 [shard]
@@ -48,12 +51,13 @@ def test_disk_memory_network_and_time_are_as_predicted(ray_cluster: str, tmp_pat
     """A distillation by two workers."""
     found = runner(tmp_path, "--num_workers", "2")
     found.start()
-    _ = found.distilled
-    predicted = make_plan(found.config, found.source, found.toml)
-    final = load_checkpoint(found.distill_job().checkpoints)
+    distill, shards = found.stage(Distill), found.stage(Shard)
+    _ = distill.manifest
+    predicted = estimate(found.config, found.source)
+    final = load_checkpoint(distill.job.checkpoints)
     assert final is not None
-    shards = found.shards["splits"].values()
-    made = sum(entry["bytes"] for part in shards for entry in part["shards"])
+    splits = shards.manifest["splits"].values()
+    made = sum(entry["bytes"] for part in splits for entry in part["shards"])
     assert predicted.shard_bytes == pytest.approx(made, rel=0.25)
     assert predicted.memory == pytest.approx(int(final["peak_rss_bytes"]), rel=0.25)
     rows = [r for r in read_rows(found.directory / "metrics.jsonl") if r["stage"] == "distill"]
@@ -105,14 +109,14 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         asked.append((request, count))
         return [answer] * count
 
-    monkeypatch.setattr("pipeline.plan.run_probes", answers)
-    monkeypatch.setattr("pipeline.plan.GPUS", {"X": GPUS["A100"]})
+    monkeypatch.setattr("pipeline.stages.plan.run_probes", answers)
+    monkeypatch.setattr("pipeline.stages.plan.GPUS", {"X": GPUS["A100"]})
     wrong = runner(tmp_path, "--plan.gpu", "A100")
     with pytest.raises(UsageError, match="'A100' is not in the table: X"):
-        make_plan(wrong.config, wrong.source, wrong.toml)
+        estimate(wrong.config, wrong.source)
     before = {path.name for path in tmp_path.iterdir()}
     found = runner(tmp_path, "--num_workers", "5")
-    plan = make_plan(found.config, found.source, found.toml)
+    plan = estimate(found.config, found.source)
     assert asked[0][0].real == [64, 64], "each of five workers has two classes"
     assert plan.distill_s == 24 * 1.0
     assert plan.memory == 2**30, "the pages of the store are the kernel's cache"
@@ -121,12 +125,12 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     for options, device in (((), "cuda"), (("--use_gpu", "false"), "cpu")):
         found = runner(tmp_path, "--num_workers", "5", *options)
-        plan = make_plan(found.config, found.source, found.toml)
+        plan = estimate(found.config, found.source)
         assert (plan.use_gpu, asked[-1][0].device) == (device == "cuda", device)
     assert asked[-2][1] == 3, "a probe on every GPU, not five on three"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     found = runner(tmp_path, "--plan.gpu", "X", "--num_workers", "1")
-    plan = make_plan(found.config, found.source, found.toml)
+    plan = estimate(found.config, found.source)
     assert (plan.use_gpu, plan.gpu_memory) == (True, 2**28)
-    assert "not measured by us; too low" in told(plan, found.config)
+    assert "not measured by us; too low" in estimate_lines(plan, found.config)
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from pipeline.cli import PRESETS, parse_command
 
 from ncfm.distill import Distiller
 from ncfm.extractors import ExtractorPool
@@ -11,7 +12,7 @@ from ncfm.images import ImageSpec
 from ncfm.models import build_model
 from ncfm.seeding import keyed_generator
 from ncfm.synthetic import initial_images
-from pipeline.config import PRESETS, RunConfig, parse_command
+from pipeline.config import RunConfig
 
 # data set -> (classes, channels, image size, depth, IPCs); the paper's section 5 and DC's table 1.
 CELLS = {

@@ -19,8 +19,8 @@ from upath import UPath
 
 from ncfm import SyntheticSet, load
 from ncfm.images import ImageSpec
-from pipeline.reporting.gallery import MAX_CLASSES, gallery
-from pipeline.reporting.report import write_report
+from pipeline.observe.reporting.gallery import MAX_CLASSES, gallery
+from pipeline.observe.reporting.report import write_report
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, tzinfo=UTC)
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"

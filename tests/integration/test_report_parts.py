@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.errors import UsageError
 from test_report import CLASSES, Page, remove, report, row, write_run
 from upath import UPath
 
 from ncfm import load
-from pipeline.config import UsageError
-from pipeline.preview import png, to_pixels
-from pipeline.reporting.compare import compare_command, write_comparison
-from pipeline.reporting.result_charts import confusion_chart
-from pipeline.snapshots import read_snapshots, snapshot_steps, write_snapshot
+from pipeline.observe.preview import png, to_pixels
+from pipeline.observe.reporting.compare import compare_command, write_comparison
+from pipeline.observe.reporting.result_charts import confusion_chart
+from pipeline.observe.snapshots import read_snapshots, snapshot_steps, write_snapshot
 
 CONFUSION = [[8, 2, 0], [1, 9, 0], [3, 3, 4]]
 

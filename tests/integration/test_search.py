@@ -1,5 +1,6 @@
 """What a search tries and what becomes of it, without running any trial."""
 
+import dataclasses
 import math
 import random
 import tomllib
@@ -12,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
-from pipeline.config import PRESETS, RunConfig, UsageError, changed_command, parse_command
-from pipeline.tuning.halving import verdicts
-from pipeline.tuning.search import (
+from pipeline.cli import PRESETS, parse_command
+from pipeline.config import RunConfig
+from pipeline.errors import UsageError
+from pipeline.stages.tuning.halving import verdicts
+from pipeline.stages.tuning.results import pareto
+from pipeline.stages.tuning.search import (
     OptunaSampler,
     Outcome,
     RandomSampler,
@@ -23,8 +27,7 @@ from pipeline.tuning.search import (
     input_values,
     own_values,
 )
-from pipeline.tuning.search_space import Range, TuneConfig, integer_options, override, sample
-from pipeline.tuning.tune import pareto
+from pipeline.stages.tuning.search_space import Range, TuneConfig, integer_options, override, sample
 
 SPACE = {
     "distill.lr": Range(loguniform=(1e-3, 1e-1)),
@@ -95,16 +98,21 @@ def test_options_that_must_fit_each_other_are_judged_together(tmp_path: Path) ->
 
 def test_optuna_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = command(tmp_path, '[tune]\nsampler = "optuna"\n[tune.space.ipc]\nchoice = [1]')
-    monkeypatch.setattr("pipeline.tuning.search.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.stages.tuning.search.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"uv run --extra optuna pipeline"):
         check_search(found)
+
+
+def searching(config: TuneConfig, seed: int = 0) -> RunConfig:
+    """The default run, searched like this."""
+    return RunConfig(tune=config, seed=seed)
 
 
 def test_draws_follow_from_the_seed_alone() -> None:
     small = TuneConfig(space=SPACE, samples=4)
     found = [sample(small, n, seed=3, integers=INTEGERS, first={}) for n in range(small.num_trials)]
-    again = RandomSampler(TuneConfig(space=SPACE, samples=9), 3, {}).known()
-    assert [again[n] for n in range(8)] == found, "more samples keep the first ones"
+    again = RandomSampler(searching(TuneConfig(space=SPACE, samples=9), seed=3)).known()
+    assert [again[n] for n in range(2, 8)] == found[2:], "more samples keep the first ones"
     assert len(again) == 18
     fewer = TuneConfig(space={k: SPACE[k] for k in ("distill.lr", "ipc")}, samples=4)
     for number, values in enumerate(found):
@@ -124,7 +132,7 @@ def test_the_first_draw_is_the_presets_own(tmp_path: Path) -> None:
     inside = own_values(found)
     optuna = TuneConfig(space={"distill.lr": Range(uniform=(0, 1))}, sampler="optuna")
     first = {"distill.lr": inside["distill.lr"]}
-    assert OptunaSampler(optuna, 0, first, tmp_path).values(0, ()) == first
+    assert OptunaSampler(dataclasses.replace(found, tune=optuna), tmp_path).values(0, ()) == first
 
 
 def test_draws_fill_their_ranges_evenly() -> None:
@@ -142,17 +150,17 @@ def test_draws_fill_their_ranges_evenly() -> None:
 def test_values_given_and_values_overridden_are_the_same(tmp_path: Path) -> None:
     found = command(tmp_path, "ipc = 3")
     values = sample(TuneConfig(space=SPACE), 5, seed=0, integers=INTEGERS, first={})
-    assert changed_command(found.toml, values).config == override(found.config, values)
+    assert found.changed(values).config == override(found.config, values)
 
 
 def test_inputs_are_made_once_each() -> None:
     space = {**SPACE, "model.width": Range(choice=[8, 16])}
     config = TuneConfig(space=space, samples=8)
     assert sorted(
-        input_values(config, RandomSampler(config, 0, {})), key=lambda v: v["model.width"]
+        input_values(config, RandomSampler(searching(config))), key=lambda v: v["model.width"]
     ) == [{"model.width": 8}, {"model.width": 16}]
     plain = TuneConfig(space=SPACE, samples=8)
-    assert input_values(plain, RandomSampler(plain, 0, {})) == [{}]
+    assert input_values(plain, RandomSampler(searching(plain))) == [{}]
 
 
 def test_optuna_suggests_the_same_again(tmp_path: Path) -> None:
@@ -163,7 +171,7 @@ def test_optuna_suggests_the_same_again(tmp_path: Path) -> None:
     def play(folder: Path, count: int) -> list[dict]:
         """Accuracy is best at a rate of 0.03."""
         folder.mkdir(exist_ok=True)
-        sampler, outcomes = OptunaSampler(config, 1, {}, folder), []
+        sampler, outcomes = OptunaSampler(searching(config, seed=1), folder), []
         for number in range(count):
             values = sampler.values(number, outcomes)
             accuracy = 1 - abs(math.log10(values["distill.lr"] / 0.03))
@@ -172,7 +180,8 @@ def test_optuna_suggests_the_same_again(tmp_path: Path) -> None:
 
     whole = play(tmp_path / "a", 30)
     play(tmp_path / "b", 12)
-    assert OptunaSampler(config, 1, {}, tmp_path / "b").known() == dict(enumerate(whole[:12]))
+    suggested = OptunaSampler(searching(config, seed=1), tmp_path / "b").known()
+    assert suggested == dict(enumerate(whole[:12]))
     assert play(tmp_path / "b", 30) == whole, "interrupted after 12"
     distance = [abs(math.log10(v["distill.lr"] / 0.03)) for v in whole]
     assert sum(distance[20:]) < sum(distance[:10]), "it learns"

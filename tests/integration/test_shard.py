@@ -23,8 +23,11 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.data.shards import encode, square, write_shard
+from pipeline.data.sources import SPLITS, FolderSource, Sample, Split
 from pipeline.data.store import Store
-from pipeline.shard import (
+from pipeline.errors import SourceError
+from pipeline.runtime.files import Manifest
+from pipeline.stages.shard import (
     FEWEST_IMAGES,
     MOST_IMAGES,
     ShardConfig,
@@ -33,8 +36,6 @@ from pipeline.shard import (
     plan,
     shard,
 )
-from pipeline.sources import SPLITS, FolderSource, Sample, SourceError, Split
-from pipeline.stage import Manifest
 
 CONFIG = ShardConfig(image_size=32, shard_size=16, max_bad=0.02)
 
@@ -232,7 +233,8 @@ STAGE = """
 import sys, time
 import ray
 from upath import UPath
-from pipeline.shard import ShardConfig, shard
+from pipeline.data.shards import ShardConfig
+from pipeline.stages.shard import shard
 from pipeline.sources import FolderSource
 
 def slow(sample):

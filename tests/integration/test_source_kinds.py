@@ -14,19 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pipeline.errors import SourceError
 from upath import UPath
 
-from pipeline.sources import (
+from pipeline.data.sources import (
     SPLITS,
     Found,
     Sample,
     SampleList,
     Source,
     SourceConfig,
-    SourceError,
     open_source,
 )
-from pipeline.sources.folder import subset_folders
+from pipeline.data.sources.folder import subset_folders
 
 Row = tuple[str, str, bytes]  # split, class name, encoded image
 

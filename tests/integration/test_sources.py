@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from fsspec import register_implementation
 from PIL import Image
+from pipeline.errors import SourceError
 from upath import UPath
 
-from pipeline.image_files import list_images, read_image
-from pipeline.sources import (
+from pipeline.data.image_files import list_images, read_image
+from pipeline.data.sources import (
     PHOTOGRAPHS,
     SPLITS,
     BuiltinSource,
     FolderSource,
     SourceConfig,
-    SourceError,
     held_out,
     open_source,
 )

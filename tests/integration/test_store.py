@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,15 @@ import torch
 from numbered import COUNTS, NumberedSource, everything, numbers, write_set
 from upath import UPath
 
-from pipeline.config import RunConfig, RuntimeConfig
+from pipeline.config import RunConfig
 from pipeline.data import local, store
-from pipeline.data.local import clean_command, in_use, store_root
-from pipeline.data.shards import ShardError
+from pipeline.data.local import in_use, store_root
+from pipeline.data.shards import ShardConfig
+from pipeline.data.sources import FolderSource
 from pipeline.data.store import ClassFile, Store
-from pipeline.image_files import StorageError
-from pipeline.shard import ShardConfig
-from pipeline.sources import FolderSource
+from pipeline.errors import ShardError, StorageError
+from pipeline.runtime.config import RuntimeConfig
+from pipeline.stages.clean import Clean
 
 CONFIG = ShardConfig(image_size=4, shard_size=30)
 
@@ -328,7 +330,7 @@ def test_progress_is_told_while_a_large_store_is_made(
 ) -> None:
     shards.images("train", [0])
     assert capsys.readouterr().out == "", "small ones are made without a word"
-    monkeypatch.setattr("pipeline.progress.Progress.elapsed", 60.0)
+    monkeypatch.setattr("pipeline.observe.progress.Progress.elapsed", 60.0)
     monkeypatch.setattr(store, "BLOCK_BYTES", 48 * 10)
     shards.images("train", [1])
     assert "[store] 64/64 images" in capsys.readouterr().out
@@ -367,21 +369,30 @@ def test_network_file_systems_are_known(
     assert local._on_network(Path(path)) == shared
 
 
-def test_clean_removes_what_nobody_is_making(shards: Store, tmp_path: Path) -> None:
+def clean(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the stage says."""
+    run: Any = SimpleNamespace(config=config)
+    Clean(run).perform()
+    return capsys.readouterr().out
+
+
+def test_clean_removes_what_nobody_is_making(
+    shards: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards.images("train")
     config = RunConfig(storage_path=str(tmp_path))
     other = tmp_path / "cache" / "ncfm-store-0123"
     other.mkdir()
     with in_use(shards.directory):
-        assert str(other) in clean_command(config)
+        assert str(other) in clean(config, capsys)
         assert shards.directory.exists()
         assert not other.exists()
     open_already = shards.images("train", [0])[0]
-    assert f"removed {shards.directory} (0 MiB)" in clean_command(config)
+    assert f"removed {shards.directory} (0 MiB)" in clean(config, capsys)
     assert not shards.directory.exists()
     assert sorted(numbers(open_already, 0)) == list(range(100))
     assert shards.shards.exists()
-    assert "no store" in clean_command(config)
+    assert "no store" in clean(config, capsys)
     assert len(shards.images("train")) == 3
     scratch = RunConfig(runtime=RuntimeConfig(local_directory=str(tmp_path / "cache")))
-    assert "removed" in clean_command(scratch)
+    assert "removed" in clean(scratch, capsys)

@@ -14,10 +14,12 @@ import pytest
 from upath import UPath
 
 from ncfm.distill import DistillConfig
-from pipeline.config import TrackingConfig, UsageError, parse_command
-from pipeline.reporting.charts import DISTILL
-from pipeline.stages import Run
-from pipeline.tracking import GAUGES, TrackedRun, Trackers, dotted
+from pipeline.cli import parse_command
+from pipeline.errors import UsageError
+from pipeline.graph import Run
+from pipeline.observe.reporting.charts import DISTILL
+from pipeline.observe.tracking import GAUGES, TrackedRun, Trackers, TrackingConfig
+from pipeline.runtime.identity import dotted
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,10 +99,10 @@ def test_a_tracker_that_fails_is_given_up_and_said_so(
 def test_a_missing_package_is_a_usage_error(
     tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.observe.tracking.find_spec", lambda name: None)
     command = parse_command([f"--tracking.{package}", "x", "--storage_path", str(tmp_path)])
     with pytest.raises(UsageError, match=rf"uv run --extra {package} pipeline"):
-        Run(command)
+        Run(command).perform(("distill",))
 
 
 def test_mlflow_goes_on_with_the_same_run(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_server_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     command = parse_command(["--tracking.mlflow", "gopher://x", "--storage_path", str(tmp_path)])
     with pytest.raises(UsageError, match=r"tracking.mlflow gopher://x cannot be used: .*gopher"):
-        Run(command)
+        Run(command).perform(("distill",))
 
 
 def test_wandb_offline(

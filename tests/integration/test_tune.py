@@ -14,17 +14,21 @@ import pytest
 import ray
 from upath import UPath
 
-from pipeline.config import parse_command
-from pipeline.plan import shard_bytes
-from pipeline.pretrain import PretrainJob, pretrain_loop
-from pipeline.progress import read_rows
-from pipeline.stage import StageError
-from pipeline.stages import Run
-from pipeline.tuning import TUNE_VERSION
-from pipeline.tuning.search import build_sampler
-from pipeline.tuning.search_space import override
-from pipeline.tuning.trial import SweepJob, input_key, run_trial
-from pipeline.tuning.tune import Board, Halving, Table, error_line
+from pipeline.cli import parse_command
+from pipeline.errors import StageError
+from pipeline.graph import Run
+from pipeline.observe.progress import read_rows
+from pipeline.stages.distill import Distill
+from pipeline.stages.plan import shard_bytes
+from pipeline.stages.pretrain import PretrainJob, pretrain_loop
+from pipeline.stages.shard import Shard
+from pipeline.stages.tune import Tune
+from pipeline.stages.tuning import TUNE_VERSION
+from pipeline.stages.tuning.board import Board, Table
+from pipeline.stages.tuning.ray_tune import Halving, error_line
+from pipeline.stages.tuning.search import build_sampler
+from pipeline.stages.tuning.search_space import override
+from pipeline.stages.tuning.trial import SweepJob, input_key, run_trial
 
 ROOT = Path(__file__).parents[2]
 PRESET = """
@@ -94,8 +98,8 @@ def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"networks": 1}
 
     with pytest.MonkeyPatch.context() as patch:  # the pool without Ray Train, which takes its time
-        patch.setattr("pipeline.stages.pretrain", pretrain_here)
-        run(folder, "sweep", IPC).tune()
+        patch.setattr("pipeline.stages.pretrain.pretrain", pretrain_here)
+        run(folder, "sweep", IPC).perform(("tune",))
     return folder
 
 
@@ -158,7 +162,7 @@ def test_an_interrupted_search_goes_on_from_its_rungs(swept: Path) -> None:
         if trial.name.startswith(("000", "003")):
             max(trial.glob("rung-*.json")).unlink()
         kept |= {path: path.stat().st_mtime_ns for path in trial.glob("rung-*.json")}
-    run(swept, "sweep", IPC).tune()
+    run(swept, "sweep", IPC).perform(("tune",))
     assert without_times(results(swept, "sweep")) == without_times(whole)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
@@ -167,7 +171,7 @@ def test_an_interrupted_search_goes_on_from_its_rungs(swept: Path) -> None:
 def test_a_larger_search_keeps_the_trials_of_the_smaller(swept: Path) -> None:
     before = without_times(results(swept, "sweep"))
     first = next((swept / "runs/sweep/tune/trials").glob("000-*/rung-0.json")).stat().st_mtime_ns
-    run(swept, "sweep", IPC, "--tune.samples", "3").tune()
+    run(swept, "sweep", IPC, "--tune.samples", "3").perform(("tune",))
     assert without_times(results(swept, "sweep"))[:4] == before
     after = next((swept / "runs/sweep/tune/trials").glob("000-*/rung-0.json")).stat().st_mtime_ns
     assert after == first
@@ -178,7 +182,7 @@ def test_what_would_only_fail_again_is_a_result(
 ) -> None:
     """In this process: the rungs are reported, or a failure, that no retry follows."""
     found = run(swept, "sweep", IPC)
-    inputs = {input_key({}): found.distill_job()}
+    inputs = {input_key({}): found.stage(Distill).job}
     sweep = SweepJob(name="x", config=found.config, directory=UPath(tmp_path), inputs=inputs)
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.tune.report", reports.append)
@@ -193,7 +197,7 @@ def test_a_trial_that_failed_for_good_is_counted_and_the_others_go_on(
 ) -> None:
     """The scheduler, told by hand what Ray Tune would tell it."""
     found = run(swept, "sweep", IPC)
-    inputs = {input_key({}): found.distill_job()}
+    inputs = {input_key({}): found.stage(Distill).job}
     sweep = SweepJob(name="x", config=found.config, directory=UPath(tmp_path), inputs=inputs)
     board = Board(sweep, build_sampler(found.config, UPath(tmp_path)))
     halving = Halving(board, Table(board))
@@ -233,7 +237,9 @@ def test_a_trial_that_failed_for_good_is_counted_and_the_others_go_on(
 def test_failed_trials_are_told_and_the_others_count(
     swept: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = run(swept, "failures", FAILURES, "--tune.samples", "1").tune()
+    failures = run(swept, "failures", FAILURES, "--tune.samples", "1")
+    failures.perform(("tune",))
+    manifest = failures.stage(Tune).manifest
     assert [row["status"] for row in manifest["trials"]] == ["finished", "failed"]
     error = manifest["trials"][1]["error"]
     assert "not finite" in error
@@ -251,10 +257,10 @@ def test_a_search_without_a_success_is_an_error(
     def fail_all(board: Board, waiting: list[int], *_: object, **__: object) -> None:
         board.failed = {board.suggest(n) and n: "ValueError: no room" for n in waiting}
 
-    monkeypatch.setattr("pipeline.tuning.tune._run", fail_all)
+    monkeypatch.setattr("pipeline.stages.tuning.ray_tune._run", fail_all)
     failing = run(swept, "hopeless", IPC)
     with pytest.raises(StageError, match=r"no trial succeeded; the first: ValueError: no room"):
-        failing.tune()
+        failing.perform(("tune",))
     assert not (failing.directory / "tune" / "manifest.json").exists()
 
 
@@ -270,7 +276,7 @@ def test_why_a_trial_failed_is_one_line() -> None:
 def test_plan_predicts_the_shards(swept: Path) -> None:
     """Here, where there are some."""
     found = run(swept, "sweep", IPC)
-    splits = found.shards["splits"].values()
+    splits = found.stage(Shard).manifest["splits"].values()
     made = sum(entry["bytes"] for part in splits for entry in part["shards"])
     assert shard_bytes(found.config, found.source) == pytest.approx(made, rel=0.1)
 

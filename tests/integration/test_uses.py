@@ -6,6 +6,7 @@ from pathlib import Path
 import golden
 import pytest
 import torch
+from pipeline.errors import UsageError
 from tiny import copied, stage
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
@@ -15,9 +16,8 @@ from ncfm.evaluate import judge
 from ncfm.images import InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.train import TrainConfig
-from pipeline.config import UsageError
-from pipeline.continual import CONTINUAL_VERSION, ContinualConfig, moments
-from pipeline.search_proxy import SEARCH_PROXY_VERSION, proxy_content, rank_correlation
+from pipeline.stages.continual import CONTINUAL_VERSION, ContinualConfig, moments
+from pipeline.stages.search_proxy import SEARCH_PROXY_VERSION, proxy_content, rank_correlation
 
 SETS = ("distilled", "random", "random_same_factor", "herding")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.errors import WorkerError
 from raylets import end, ray_environment, scratch, start, wait_for_text
 from upath import UPath
 
-from pipeline.failures import WorkerError
-from pipeline.workers import Workers, fit
+from pipeline.runtime.workers import Workers, fit
 
 __all__ = ["scratch"]  # a fixture
 

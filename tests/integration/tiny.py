@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import STAGES, parse_command
-from pipeline.stages import Run
+from pipeline.cli import STAGES, parse_command
+from pipeline.graph import Run, Stage
 
 TINY = """
 [shard]
@@ -46,10 +46,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[Path, dict[str, dict[str, Any]
             ["--config", str(preset), "--storage_path", str(tmp_path / "runs"), *arguments]
         )
     )
-    run.start()
-    stages = run.stages()
-    for name in STAGES:
-        stages[name]()
+    run.perform(STAGES)
     directory = Path(str(run.directory))
     return directory, json.loads((directory / "stages.json").read_text())
 
@@ -67,5 +64,6 @@ def stage(folder: Path, directory: Path, name: str, *arguments: str) -> Any:
     """One stage of a run; returns its manifest."""
     options = ["--config", str(folder / "tiny.toml"), "--storage_path", str(folder / "runs")]
     run = Run(parse_command([name, *options, "--name", directory.name, *arguments]))
-    run.start()
-    return run.stages()[name]()
+    run.perform((name,))
+    action = run.action(name)
+    return action.manifest if isinstance(action, Stage) else None

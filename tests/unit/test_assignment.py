@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.assignment import ClassCost, Group, assign
+from pipeline.runtime.assignment import ClassCost, Group, assign
 
 COSTS = st.lists(
     st.builds(ClassCost, shared=st.integers(1, 2000), own=st.integers(0, 600)),

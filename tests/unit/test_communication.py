@@ -17,9 +17,9 @@ from test_distill import EVERYTHING, FREQUENCIES, initial, make, real_batch
 from torch import Tensor
 
 from ncfm.distill import DistillConfig, Distiller
-from pipeline.assignment import ClassCost, Group, assign
-from pipeline.collectives import CollectiveError, Collectives, predicted_bytes
-from pipeline.workers import current_context
+from pipeline.runtime.assignment import ClassCost, Group, assign
+from pipeline.runtime.collectives import CollectiveError, Collectives, predicted_bytes
+from pipeline.runtime.workers import current_context
 
 WORLD = 4
 STEPS = 30
@@ -152,7 +152,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     context = multiprocessing.get_context("forkserver")
     # Imported once, then forked. torch's optimisers import the last one when they are made.
-    context.set_forkserver_preload(["ncfm.distill", "pipeline.collectives", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["ncfm.distill", "pipeline.runtime.collectives", "torch._dynamo"]
+    )
     processes = [context.Process(target=work, args=(rank, folder)) for rank in range(WORLD)]
     for process in processes:
         process.start()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pipeline
-from pipeline.probe import Request, probe_requests
-from pipeline.workers import Workers, current_context
+from pipeline.runtime.workers import Workers, current_context
+from pipeline.stages.probe import Request, probe_requests
 
 
 @pytest.fixture(autouse=True)

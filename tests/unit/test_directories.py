@@ -10,9 +10,9 @@ from upath import UPath
 import ncfm
 from ncfm.images import ImageSpec
 from ncfm.synthetic import SyntheticSet
-from pipeline.directories import MAX_NAME_BYTES, folder_names
-from pipeline.distill import write_set
-from pipeline.export import export
+from pipeline.runtime.directories import MAX_NAME_BYTES, folder_names
+from pipeline.stages.distill import write_set
+from pipeline.stages.export_formats import export
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -46,7 +46,9 @@ def test_a_set_that_shrinks_leaves_no_picture_behind(folder: UPath) -> None:
 def test_an_export_that_shrinks_leaves_no_file_behind(
     folder: UPath, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    monkeypatch.setattr("pipeline.export.PER_FILE", 2)  # several files of each format
+    monkeypatch.setattr(
+        "pipeline.stages.export_formats.PER_FILE", 2
+    )  # several files of each format
     export(synthetic(3), folder / "new", to, name="thing")  # type: ignore[arg-type]
     large = files(folder / "new")
     export(synthetic(1), folder / "new", to, name="thing")  # type: ignore[arg-type]

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.errors import ShardError, StorageError, StoreError, WorkerError
 from upath import UPath
 
-from pipeline.data.local import StoreError
-from pipeline.data.shards import ShardError
-from pipeline.failures import WorkerError, guarded, raise_recorded, worker_error
-from pipeline.image_files import StorageError
-from pipeline.workers import lacking, size_workers
+from pipeline.runtime.failures import guarded, raise_recorded, worker_error
+from pipeline.runtime.workers import lacking, size_workers
 
 STARTS: list[dict[str, Any]] = []
 

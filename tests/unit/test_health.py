@@ -6,7 +6,7 @@ from pathlib import Path
 from upath import UPath
 
 from ncfm.distill import NonFiniteLossError
-from pipeline.health import fatal_error, record_fatal, stragglers
+from pipeline.runtime.health import fatal_error, record_fatal, stragglers
 
 
 def test_a_slow_worker_is_named() -> None:

@@ -4,19 +4,18 @@ that of a stage before it, and at no other time.
 
 import functools
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from upath import UPath
 
-import pipeline.evaluate
-import pipeline.shard
-import pipeline.stages
-import pipeline.tuning.trial
-from pipeline.config import Command, changed_command, parse_command
-from pipeline.stages import Run
-from pipeline.tuning.trial import SweepJob, input_key
+import pipeline.graph
+import pipeline.stages.tuning.trial
+from pipeline.cli import Command, parse_command
+from pipeline.graph import Run
+from pipeline.stages.tuning.trial import SweepJob, input_key
 
 PRESET = """
 [curate]
@@ -63,14 +62,20 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 @pytest.fixture(autouse=True)
 def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The source, and configurations that a search makes of its own: each takes a second."""
-    monkeypatch.setattr(pipeline.stages, "open_source", lambda config: SOURCES(config))
+    monkeypatch.setattr(pipeline.graph, "open_source", lambda config: SOURCES(config))
     monkeypatch.setattr(
-        pipeline.stages, "changed_command", lambda toml, values: COMMANDS(toml, json.dumps(values))
+        Command, "changed", lambda self, values: COMMANDS(self.toml, json.dumps(values))
     )
 
 
-SOURCES = functools.cache(pipeline.stages.open_source)
-COMMANDS = functools.cache(lambda toml, values: changed_command(toml, json.loads(values)))
+SOURCES = functools.cache(pipeline.graph.open_source)
+CHANGED = Command.changed
+
+
+@functools.cache
+def COMMANDS(toml: str, values: str) -> Command:  # noqa: N802
+    config: Any = None
+    return CHANGED(Command((), config, toml), json.loads(values))
 
 
 def identities(command: Command, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
@@ -87,12 +92,11 @@ def identities(command: Command, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
             **{"channels": 3, "image_size": 32},
         }
 
-    monkeypatch.setattr(pipeline.stages, "run_stage", fake)
+    monkeypatch.setattr(pipeline.graph, "run_stage", fake)
     run, found = Run(command), {}
-    work = {**run.stages(), "curate": lambda: run.curated}
     for wanted in STAGES:
         with pytest.raises(RecordedError) as recorded:
-            work[wanted]()
+            run.action(wanted).perform()
         found[wanted] = str(recorded.value)
     return found
 
@@ -103,8 +107,8 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def raise_version(stage: str) -> None:
         constant = f"{stage.upper().replace('-', '_')}_VERSION"
-        holders = (pipeline.shard, pipeline.stages, pipeline.evaluate, pipeline.tuning.trial)
-        modules = [module for module in holders if hasattr(module, constant)]
+        modules = [m for n, m in sys.modules.items() if n.startswith("pipeline.stages")]
+        modules = [module for module in modules if hasattr(module, constant)]
         assert modules
         for module in modules:
             monkeypatch.setattr(module, constant, getattr(module, constant) + 1)
@@ -127,7 +131,7 @@ def test_a_trial_depends_on_search_and_evaluation(
 ) -> None:
     """A search goes on from its trials' directories, whatever the stage's manifest says."""
     base: Any = SimpleNamespace(checkpoints=UPath("identity"), tracked=None)
-    monkeypatch.setattr(pipeline.tuning.trial, "replace", lambda value, **_: value)
+    monkeypatch.setattr(pipeline.stages.tuning.trial, "replace", lambda value, **_: value)
 
     def directory() -> str:
         inputs = {input_key({}): base}

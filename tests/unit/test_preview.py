@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.preview import enlargement, preview_png, to_pixels
+from pipeline.observe.preview import enlargement, preview_png, to_pixels
 
 
 def sheet(data: bytes) -> np.ndarray:

@@ -15,7 +15,7 @@ from ncfm.images import ImageSpec
 from ncfm.models import ModelConfig, build_model
 from ncfm.selection import NETWORKS, class_features, easiest, easy_count, image_losses, spread
 from ncfm.synthetic import SyntheticConfig
-from pipeline.selection import Selection
+from pipeline.data.selection import Selection
 
 SPEC = ImageSpec(
     channels=3, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=("a", "b", "c")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from pipeline.stage import Manifest, run_stage, write_atomic
+from pipeline.graph import run_stage
+from pipeline.runtime.files import Manifest, write_atomic
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -27,9 +28,7 @@ def build(directory: UPath, content: str, fail: bool = False) -> Manifest:
 
 
 def run(directory: UPath, identity: str, fail: bool = False) -> Manifest:
-    return run_stage(
-        "some", directory, identity, lambda: build(directory, identity, fail), log=lambda _: None
-    )
+    return run_stage("some", directory, identity, lambda: build(directory, identity, fail))
 
 
 def test_a_manifest_does_not_vouch_for_what_an_interrupted_build_wrote(directory: UPath) -> None:

@@ -27,7 +27,9 @@ HELP = (
 )
 
 
-@pytest.mark.parametrize("code", ["import ncfm", "import pipeline.stages", HELP])
+@pytest.mark.parametrize(
+    "code", ["import ncfm", "import pipeline.graph", "import pipeline.config", HELP]
+)
 def test_nothing_heavy_is_imported(code: str) -> None:
     assert not imported(code) & {*HEAVY, *COMPILER}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.stopwatch import Stopwatch
+from pipeline.runtime.stopwatch import Stopwatch
 
 QUEUE: list[str] = []
 

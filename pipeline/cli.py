@@ -1,0 +1,207 @@
+"""The command line: presets, options made from the stages' own dataclasses, and messages about
+them.
+"""
+
+import functools
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from upath import UPath
+
+from pipeline.config import RunConfig
+from pipeline.errors import UsageError
+from pipeline.methods import method_settings
+from pipeline.stages.protocols import protocol_settings
+
+PRESETS = Path(__file__).parent / "presets"
+STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
+EXTRA_STAGES = ("tune", "plan", "audit", "continual", "search-proxy", "export", "clean")  # if named
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    stages: tuple[str, ...]
+    config: RunConfig
+    toml: str  # the resolved configuration
+
+    def changed(self, values: Mapping[str, object]) -> "Command":
+        """All stages on this configuration with some dotted options changed, checked as if they had
+        been given on the command line. Raises UsageError.
+        """
+        namespace = self.check_types(values)
+        parser = _plain_parser()
+        return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
+
+    def check_types(self, values: Mapping[str, object]) -> Namespace:
+        """As `changed`, but values that do not fit each other are not found."""
+        tree = tomllib.loads(self.toml)
+        for key, value in values.items():
+            *groups, name = key.split(".")
+            inner = tree
+            for group in groups:
+                inner = inner.setdefault(group, {})
+            inner[name] = value
+        namespace: Namespace = _plain_parser().parse_object(tree)
+        return namespace
+
+
+def parse_command(argv: Sequence[str]) -> Command:
+    """The stages to run and the resolved configuration. Raises UsageError.
+
+    `--help` and `--print_config` print and exit.
+    """
+    stages: tuple[str, ...] = STAGES
+    options = list(argv)
+    if options and not options[0].startswith("-"):
+        stages = (options.pop(0),)
+        if stages[0] not in STAGES + EXTRA_STAGES:
+            known = ", ".join(STAGES + EXTRA_STAGES)
+            raise UsageError(f"no stage {stages[0]!r}; the stages are {known}, and compare")
+        if stages[0] == "export":
+            options = [re.sub(r"^--to(?==|$)", "--export.to", option) for option in options]
+    preset = _preset_of(options)
+    parser = _parser([] if preset else [PRESETS / "builtin.toml"])
+    given = parser.parse_args(options)
+    options = _with_named(parser, options, given, "method", _settings_of_method)
+    options = _with_named(parser, options, given, "evaluate.protocol", _settings_of_protocol)
+    namespace = parser.parse_args(options)
+    if namespace.name is None:
+        namespace.name = Path(preset).stem if preset else namespace.source.kind
+    config = _build(parser, namespace)
+    settings = namespace.clone()
+    settings.pop("config", None)
+    return Command(stages, config, parser.dump(settings, skip_none=True))
+
+
+def _settings_of_method(name: str, given: Namespace) -> dict[str, Any]:
+    return method_settings(name, ipc=given.ipc, image_size=given.shard.image_size)
+
+
+def _settings_of_protocol(name: str, _: Namespace) -> dict[str, Any]:
+    return protocol_settings(name)
+
+
+def _with_named(
+    parser: ArgumentParser,
+    options: list[str],
+    given: Namespace,
+    key: str,
+    settings_of: Callable[[str, Namespace], dict[str, Any]],
+) -> list[str]:
+    """What the evaluation protocol or the method sets that is named by an option: as defaults if
+    the preset names it, else as options before those of the command line.
+    """
+    flag, named = f"--{key}", None
+    for option, value in zip(options, [*options[1:], ""], strict=False):
+        if option == flag or option.startswith(f"{flag}="):
+            named = option.partition("=")[2] or value
+    chosen = given[key] if named is None else named
+    if chosen is None:
+        return options
+    try:
+        wanted = settings_of(chosen, given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if named is None:
+        parser.set_defaults(wanted)
+        return options
+    first = next((i for i, o in enumerate(options) if o == "--config"), -2) + 2
+    first = max(first, sum(option.startswith("--config=") for option in options[:1]))
+    added = [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in wanted.items()
+    ]
+    return [*options[:first], *added, *options[first:]]
+
+
+@functools.cache
+def _plain_parser() -> ArgumentParser:
+    """A parser without a default preset, made once: it takes a second, and a search needs many."""
+    return _parser([])
+
+
+def _parser(defaults: list[Path]) -> ArgumentParser:
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True
+    )
+    parser = _Parser(
+        prog="pipeline/run.py",
+        usage="python pipeline/run.py [STAGE] [--config PRESET.toml] [--key.sub VALUE ...]",
+        description=f"STAGE is one of {', '.join(STAGES)}; without one, all of them run in order. "
+        f"Others run when they are named: {', '.join(EXTRA_STAGES)}, and compare RUN RUN ...",
+        parser_mode="toml",
+        default_config_files=list(map(str, defaults)),
+    )
+    parser.add_argument(
+        "--config", action="config", help="a TOML preset; the default is the built-in photographs"
+    )
+    parser.add_class_arguments(RunConfig, None, fail_untyped=True)
+    return parser
+
+
+class _Parser(ArgumentParser):
+    """An ArgumentParser whose errors are exceptions, of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(message.split())
+        line = re.sub(r"<class '(\w+)'>", r"\1", line.replace("<class 'NoneType'>", "nothing"))
+        line = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", line)
+        if re.search(r"(?<![.\w])stream['\".]", line):
+            line = (
+                "the options stream.* are gone: real images are read from a store on disk, which "
+                "needs no budget of memory; remove them (runtime.local_directory says where it is)"
+            )
+        union = r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"
+        line = re.sub(union, r"Expected \1. Got value: \2", line)
+        line = line.replace(", nothing.", " or nothing.")
+        if line.startswith("unrecognized arguments: "):
+            given = line.split()[2].partition("=")[0]
+            near = get_close_matches(given, self._option_string_actions, n=1, cutoff=0.75)
+            line += f"; did you mean {near[0]}?" if near else "; --help lists all options"
+        raise UsageError(re.sub(r'Parser key "([\w.]+)"', r"--\1", line)) from ex
+
+
+def _build(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
+    try:
+        built = parser.instantiate_classes(namespace)
+        return RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _preset_of(argv: Sequence[str]) -> str | None:
+    """The preset named on the command line; it must come before any other option, which it would
+    silently undo.
+    """
+    values = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
+    if not values:
+        return None
+    first = values[0]
+    if first > 0:
+        raise UsageError(f"--config must come before the options that change it: {argv[0]} ...")
+    preset = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
+    try:
+        found = UPath(preset).is_file()
+    except Exception as error:  # of whatever kind the library of an object store has for it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"cannot read --config {preset}: {reason}") from error
+    if not found:
+        known = ", ".join(sorted(path.name for path in PRESETS.glob("*.toml")))
+        raise UsageError(f"--config needs a preset file, got {preset!r}; in {PRESETS} are {known}")
+    return preset
+
+
+def exit_with_usage_error(error: Exception) -> NoReturn:
+    """End with status 2 and one line."""
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)

@@ -1,0 +1,173 @@
+"""Source folder: images in a tree of folders, one a class."""
+
+import csv
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from upath import UPath
+
+from pipeline.data.image_files import SUFFIXES, fetch, list_images, read_image
+from pipeline.data.sources.data_files import SPLIT_NAME
+from pipeline.data.sources.source import Found, Sample, SampleList
+from pipeline.errors import SourceError
+
+KAGGLE = "Data/CLS-LOC"  # where ImageNet as Kaggle packs it has train/ and val/
+KAGGLE_LABELS = "LOC_val_solution.csv"
+
+if TYPE_CHECKING:
+    from pipeline.data.sources import SourceConfig
+
+PATH = "a directory with train/<class>/ and val/<class>/"
+OPTIONS = ("subset",)
+
+
+class FolderSource(SampleList):
+    """An ImageFolder tree: train/<class>/**/<image> and val/ alike (or Val/, validation/, test/),
+    or <class>/ alone.
+
+    Classes are the folders' names, sorted, or those of `subset` in its order; those of ImageNet
+    whose words are known bear these instead of n01440764. A key is the path below the root.
+    ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
+    """
+
+    def __init__(
+        self,
+        root: UPath,
+        val_fraction: float,
+        selection_fraction: float = 0.0,
+        *,
+        subset: str | None = None,
+    ) -> None:
+        self.root = root.expanduser().absolute() if isinstance(root, Path) else root
+        if not self.root.is_dir():
+            raise SourceError(
+                f"source.path {root} is not a directory; it must be one that holds "
+                "train/<class>/ and val/<class>/, or <class>/"
+            )
+        try:
+            found = self._find(subset)
+        except OSError as error:
+            place = error.filename or self.root
+            raise SourceError(f"cannot list {place}: {error.strerror or error}") from error
+        super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
+        if not self.samples("train") or not self.samples("val"):
+            split = "val" if self.samples("train") else "train"
+            raise SourceError(
+                f"{self.root} has no image for {split}; it needs {split}/<class>/ with images "
+                f"({' '.join(sorted(SUFFIXES))}), or two images in a class to hold one out"
+            )
+
+    def _find(self, subset: str | None) -> Found:
+        for place in (KAGGLE, f"ILSVRC/{KAGGLE}"):
+            if (self.root / place).is_dir():
+                self.root = self.root / place
+        parts = _parts(_folders(self.root))
+        val_part = parts.get("val") or parts.get("test")
+        if val_part and "train" not in parts:
+            raise SourceError(f"{self.root} has {val_part}/ but no train/; it must have both")
+        train_part = parts.get("train", "")
+        base = self.root / train_part
+        folders = _folders(base)
+        if not folders:
+            raise SourceError(f"{base} has no class folders; images belong into {base}/<class>/")
+        names = {folder: folder for folder in folders}
+        if subset:
+            names = subset_folders(subset)
+            if missing := [folder for folder in names if folder not in folders]:
+                raise SourceError(
+                    f"{base} lacks {len(missing)} of the {len(names)} classes of source.subset "
+                    f"{subset}: {', '.join(missing[:3])}"
+                )
+        elif val_part:  # classes of val alone: their images are told of, not passed over
+            strange = [name for name in _folders(self.root / val_part) if name not in names]
+            names.update({name: name for name in strange})
+        versions: list[object] = []
+        train = self._list(train_part, list(names), versions)
+        val = self._list(val_part, list(names), versions) if val_part else None
+        if val_part and not val:
+            val = self._kaggle_val(val_part, list(names), versions)
+        return Found(list(names.values()), train, val, versions, titles=_imagenet()[1])
+
+    def _list(self, part: str, folders: Sequence[str], versions: list[object]) -> list[Sample]:
+        samples = []
+        for label, name in enumerate(folders):
+            folder = self.root / part / name
+            for relative, uri, version in list_images(folder) if folder.is_dir() else ():
+                key = "/".join(filter(None, (part, name, relative)))
+                samples.append(Sample(key, label, uri))
+                versions.append([key, version])
+        return samples
+
+    def _kaggle_val(
+        self, part: str, folders: Sequence[str], versions: list[object]
+    ) -> list[Sample]:
+        """Images of a flat folder, whose labels are in a table beside the tree."""
+        places = [self.root, *self.root.parents[:3]]
+        table = next((p / KAGGLE_LABELS for p in places if (p / KAGGLE_LABELS).exists()), None)
+        if table is None:
+            return []
+        rows = csv.DictReader(table.read_text().splitlines())
+        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        labels = {name: label for label, name in enumerate(folders)}
+        samples = []
+        for relative, uri, version in list_images(self.root / part):
+            label = labels.get(wnids.get(PurePosixPath(relative).stem, ""))
+            if label is not None:  # else of a class that is not wanted
+                samples.append(Sample(f"{part}/{relative}", label, uri))
+                versions.append([samples[-1].key, version, label])
+        return samples
+
+    @staticmethod
+    def read(sample: Sample) -> Image.Image:
+        """Read one file."""
+        return read_image(fetch(sample.uri))
+
+
+def subset_folders(subset: str) -> dict[str, str]:
+    """Folder -> name of the class, in the order of the labels, of a subset of ImageNet by its name,
+    or of folders separated by commas. Raises SourceError.
+    """
+    subsets, known = _imagenet()
+    if subset in subsets:
+        folders = [entry["wnid"] for entry in subsets[subset]]
+    elif "," in subset or subset in known:
+        folders = [name.strip() for name in subset.split(",") if name.strip()]
+    else:
+        raise SourceError(
+            f"source.subset must be one of {', '.join(sorted(subsets))}, or folders separated by "
+            f"commas, got {subset!r}"
+        )
+    return {folder: known.get(folder, folder) for folder in folders}
+
+
+def _parts(folders: Sequence[str]) -> dict[str, str]:
+    """Which folder is train, val or test; of several that may be, one of that very name."""
+    found: dict[str, str] = {}
+    for name in folders:
+        if match := SPLIT_NAME.fullmatch(name):
+            part = match[1].lower()
+            found[part] = part if part in folders else name
+    return found
+
+
+def _imagenet() -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+    """The subsets by name, and what is known of ImageNet's classes: folder -> name."""
+    text = files("pipeline.data.sources").joinpath("imagenet_subsets.json").read_text()
+    subsets: dict[str, list[dict[str, str]]] = json.loads(text)["subsets"]
+    return subsets, {e["wnid"]: e["name"] for part in subsets.values() for e in part}
+
+
+def _folders(root: UPath) -> list[str]:
+    entries = (entry for entry in root.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+
+
+def open_source(config: "SourceConfig") -> FolderSource:
+    """See Kind."""
+    assert config.path is not None
+    fractions = (config.val_fraction, config.selection_fraction)
+    return FolderSource(UPath(config.path), *fractions, subset=config.subset)

@@ -1,0 +1,166 @@
+"""Source parquet: tables of encoded images and labels, as the Hugging Face hub has them."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from PIL import Image
+
+from pipeline.data.image_files import read_image, reading
+from pipeline.data.sources.data_files import DataFile, Labelled, sort_labels, split_files
+from pipeline.data.sources.source import Sample, SampleList
+from pipeline.errors import SourceError
+
+LABELS = ("label", "labels", "fine_label", "cls", "class")  # the usual names
+
+if TYPE_CHECKING:
+    from pipeline.data.sources import SourceConfig
+
+PATH = "a directory of Parquet files, one such file, or a pattern of them"
+OPTIONS = ("val_path", "image", "label", "class_names")
+
+
+class ParquetSource(SampleList):
+    """A column of images, each as bytes or as a struct {bytes, path}, and one of labels: integers,
+    with names in the schema's Hugging Face metadata or not, or names.
+
+    A key is the image's path if all have different ones, else the file and the row.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        val_fraction: float,
+        selection_fraction: float = 0.0,
+        *,
+        val_path: str | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        train, val = split_files(path, val_path, ".parquet")
+        self._columns: tuple[str | None, str | None] = (image, label)
+        self._names = class_names
+        parts = [None if part is None else self._list(part) for part in (train, val)]
+        versions = [[file.name, file.version] for file in [*train, *(val or [])]]
+        found = sort_labels(
+            parts[0] or [],
+            parts[1],
+            self._names,
+            versions=[*versions, list(self._columns)],
+            rejected=[],
+        )
+        super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
+        self.refuse_no_train(f"source.path {path}", "labelled row")
+
+    def _list(self, files: Sequence[DataFile]) -> list[Labelled]:
+        """Labels and paths of all rows; of the images nothing is read."""
+        rows: list[tuple[str, str | None, Any, str, tuple[int, int]]] = []
+        for file in files:
+            try:
+                table = _open(file.uri)
+                schema = table.schema_arrow
+                image, label = self._find_columns(schema, file.uri)
+                columns = [label]
+                if pa.types.is_struct(kind := schema.field(image).type) and "path" in kind.names:
+                    columns.append(f"{image}.path")
+                for group in range(table.num_row_groups):
+                    part = table.read_row_group(group, columns=columns)
+                    labels = part[label].to_pylist()
+                    paths = [None] * len(labels)
+                    if len(columns) > 1:
+                        paths = [entry and entry["path"] for entry in part[image].to_pylist()]
+                    for row, (value, name) in enumerate(zip(labels, paths, strict=True)):
+                        where = (group, row)
+                        rows.append((file.uri, name, value, f"{file.uri}#{image}", where))
+            except pa.ArrowInvalid as error:
+                raise SourceError(f"{file.uri} is no whole Parquet file: {error}") from error
+        count = Counter(name for _, name, *_ in rows)
+        named = all(name and count[name] == 1 for name in count)
+        short = {file.uri: file.name for file in files}
+        return [
+            Labelled(
+                name if named and name else f"{short[uri]}/{where[0]}/{where[1]}",
+                value,
+                place,
+                where,
+            )
+            for uri, name, value, place, where in rows
+        ]
+
+    def _find_columns(self, schema: pa.Schema, uri: str) -> tuple[str, str]:
+        """Columns of the images and the labels; also the classes' names, if they are known."""
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        image, label = self._columns
+        images = [image] if image else [f.name for f in schema if _holds_images(f.type)]
+        marked = [name for name, kind in features.items() if "names" in _as_dict(kind)]
+        labels = [name for name in (*LABELS, *marked) if name in schema.names]
+        if label:
+            labels = [label]
+        for what, names in (("image", images), ("label", labels)):
+            if not names or names[0] not in schema.names:
+                raise SourceError(
+                    f"{uri} has no column {names[0] if names else f'for source.{what}'}; "
+                    f"it has {', '.join(schema.names)}"
+                )
+        image, label = images[0], labels[0]
+        if not _holds_images(schema.field(image).type):
+            raise SourceError(f"column {image} of {uri} holds {schema.field(image).type}, no bytes")
+        if self._names is None:
+            self._names = _as_dict(features.get(label)).get("names")
+        self._columns = (image, label)
+        return image, label
+
+    @staticmethod
+    def read(sample: Sample) -> Image.Image:
+        """One row's image. The row group stays in memory until another is read."""
+        uri, _, column = sample.uri.rpartition("#")
+        with reading(uri):
+            data = _row_group(uri, column, sample.where[0])[sample.where[1]].as_py()
+        if data is None:
+            raise ValueError("the row has no bytes")
+        return read_image(data)
+
+
+def _as_dict(feature: object) -> dict[str, Any]:
+    return feature if isinstance(feature, dict) else {}
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return "bytes" in kind.names
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+@lru_cache(maxsize=4)
+def _open(uri: str) -> pq.ParquetFile:
+    fs, path = url_to_fs(uri)
+    return pq.ParquetFile(fs.open(path, "rb"))
+
+
+@lru_cache(maxsize=1)
+def _row_group(uri: str, column: str, group: int) -> Any:
+    table = _open(uri)
+    is_struct = pa.types.is_struct(table.schema_arrow.field(column).type)
+    part = table.read_row_group(group, columns=[f"{column}.bytes" if is_struct else column])[column]
+    return pa.compute.struct_field(part, "bytes") if is_struct else part
+
+
+def open_source(config: "SourceConfig") -> ParquetSource:
+    """See Kind."""
+    assert config.path is not None
+    return ParquetSource(
+        config.path,
+        config.val_fraction,
+        config.selection_fraction,
+        val_path=config.val_path,
+        image=config.image,
+        label=config.label,
+        class_names=config.class_names,
+    )

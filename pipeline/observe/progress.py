@@ -1,0 +1,78 @@
+"""Progress lines that read the same in a terminal and in a job's log, and rows of metrics as JSON
+lines.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from pipeline.runtime.files import write_atomic
+
+
+class Progress:
+    """Prints one line at most every `interval` seconds, and one at the end: done, of how many,
+    rate, time left.
+    """
+
+    def __init__(
+        self, stage: str, total: int, *, unit: str, done: int = 0, interval: float = 5.0
+    ) -> None:
+        self.stage, self.total, self.unit, self.interval = stage, total, unit, interval
+        self.started, self.first, self.printed = time.monotonic(), done, 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start, more than none."""
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def update(self, done: int, **values: float) -> None:
+        """Tell how far the stage is; the values are printed behind it."""
+        now = time.monotonic()
+        if now - self.printed < self.interval and done < self.total:
+            return
+        self.printed = now
+        rate = (done - self.first) / self.elapsed
+        left = (self.total - done) / rate if rate > 0 else float("inf")
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(  # noqa: T201
+            f"[{self.stage}] {done}/{self.total} {self.unit}  {rate:.3g} {self.unit}/s  "
+            f"{_clock(left)} left  {text}".rstrip(),
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def append_rows(path: UPath, rows: Iterable[Mapping[str, Any]], *, fresh: bool = False) -> None:
+    """Add rows to a file of JSON lines; `fresh` starts it anew."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if fresh or not path.exists():
+        write_atomic(path, text)
+    elif isinstance(path, Path):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    else:  # an object is written whole
+        write_atomic(path, path.read_text(encoding="utf-8") + text)
+
+
+def read_rows(path: UPath) -> list[dict[str, Any]]:
+    """All rows of a file of JSON lines; none if there is no file. A last line that was cut off is
+    left out.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,76 @@
+"""The images of a run for a page: before and after, class by class, no more than it can bear."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ncfm import SyntheticSet
+from pipeline.observe.preview import enlargement, png, to_pixels
+
+# What a page holds of each set: so many classes, so many images, so many of their pixels.
+MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 100, 200, 2_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassImages:
+    """What the report shows of a class: (alternative text, data URI) of each image."""
+
+    name: str
+    before: Sequence[tuple[str, str]]
+    after: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """The images of a run, and how they are laid out."""
+
+    classes: Sequence[ClassImages]
+    width: int  # of an image, CSS pixels
+    left_out: str  # what is not shown; empty: nothing
+
+    @property
+    def has_before(self) -> bool:
+        """Whether the initial images are among them."""
+        return any(entry.before for entry in self.classes)
+
+
+def gallery(initial: SyntheticSet | None, distilled: SyntheticSet) -> Gallery:
+    """The images before and after, class by class, as many as a page can bear."""
+    names, size = distilled.class_names, max(distilled.images.shape[-2:])
+    count = min(len(names), MAX_CLASSES)
+    allowed = min(MAX_IMAGES, MAX_PIXELS // size**2)
+    each = max(1, allowed // count)
+    classes = [
+        ClassImages(
+            name=names[c],
+            before=_images(initial, c, each, "before") if initial else [],
+            after=_images(distilled, c, each, "after"),
+        )
+        for c in range(count)
+    ]
+    shown, stored = sum(len(entry.after) for entry in classes), len(distilled.images)
+    left_out = (
+        f"Shown: {count} of {len(names)} classes, {shown} of {stored} images "
+        f"(at most {each} a class). All of them are in distilled/images/."
+        if shown < stored or count < len(names)
+        else ""
+    )
+    # A whole multiple, so that every stored pixel is shown equally large.
+    return Gallery(classes=classes, width=size * enlargement(size), left_out=left_out)
+
+
+def _images(images: SyntheticSet, class_index: int, limit: int, when: str) -> list[tuple[str, str]]:
+    mine = images.images[images.labels == class_index]
+    name = images.class_names[class_index]
+    return [
+        (
+            f"{name}, image {i + 1} of {len(mine)}, {when} distillation",
+            data_uri("image/png", png(to_pixels(image))),
+        )
+        for i, image in enumerate(mine[:limit])
+    ]
+
+
+def data_uri(media_type: str, data: bytes) -> str:
+    """The bytes as an address that a page can carry in itself."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

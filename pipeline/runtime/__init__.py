@@ -1,0 +1,1 @@
+"""Workers, what they send each other, and the files that they write."""

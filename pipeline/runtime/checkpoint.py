@@ -1,0 +1,187 @@
+"""Checkpoints that exist wholly or not at all, written in the background.
+
+Every worker writes its own part, then a note with the part's SHA-256 and classes. When all notes
+are there, rank 0 writes the index that makes them a checkpoint. Workers agree through the storage
+alone, so the step loop never waits; and parts are keyed by class, so any number of workers can read
+what any other number wrote. The checkpoint of step 0 is kept for good: it is the initial images.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+from upath import UPath
+
+from pipeline.runtime.files import read_json, write_atomic
+
+logger = logging.getLogger(__name__)
+
+State = Mapping[str, Tensor]
+
+POLL_S = 0.2
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one worker; every worker of a run has one.
+
+    Args:
+        rank: this worker's.
+        writers: the ranks that have something to write, rank 0 among them; the others' `save` does
+            nothing.
+        attempt: names the parts, the same for all workers and another whenever they are started, so
+            that nothing is ever taken for the work of a group that died.
+        keep: checkpoints kept beside that of step 0.
+        timeout_s: how long rank 0 waits for the parts of the others before it gives one up.
+    """
+
+    def __init__(
+        self,
+        directory: UPath,
+        *,
+        rank: int = 0,
+        writers: Sequence[int] = (0,),
+        attempt: str = "0",
+        keep: int = 2,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self.directory, self.rank, self.writers, self.keep = directory, rank, writers, keep
+        self._attempt, self._timeout = attempt, timeout_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is under way; on rank 0, until it exists. Raises what writing raised."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        return self._pending is not None
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is under way. Raises what writing it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def save(self, step: int, state: State) -> None:
+        """Begin to write `directory/step-<step>/`. The state must not change any more."""
+        self.wait()
+        if self.rank in self.writers:
+            self._pending = self._thread.submit(self._write, step, dict(state))
+
+    def _part(self, rank: int) -> str:
+        place = self.writers.index(rank)
+        return f"part-{place:04d}-of-{len(self.writers):04d}-{self._attempt}.safetensors"
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        target = self.directory / f"step-{step:08d}"
+        target.mkdir(parents=True, exist_ok=True)
+        data = save(state)
+        classes = sorted({int(k.split("/")[1]) for k in state if k.startswith("class/")})
+        note = {"sha256": hashlib.sha256(data).hexdigest(), "classes": classes}
+        part = self._part(self.rank)
+        write_atomic(target / part, data)
+        write_atomic(target / f"{part}.json", json.dumps(note))
+        if self.rank == 0:
+            self._commit(target, step)
+
+    def _commit(self, target: UPath, step: int) -> None:
+        parts: dict[str, Any] = dict.fromkeys(self._part(rank) for rank in self.writers)
+        deadline = time.monotonic() + self._timeout
+        while missing := [part for part, note in parts.items() if note is None]:
+            parts |= {part: read_json(target / f"{part}.json") for part in missing}
+            if None not in parts.values():
+                break
+            if time.monotonic() > deadline:
+                logger.warning("checkpoint %s given up: no %s", target, ", ".join(missing))
+                return
+            time.sleep(POLL_S)
+        write_atomic(
+            target / "checkpoint.json", json.dumps({"step": step, "parts": parts}, indent=1)
+        )
+        # What is no checkpoint and older than this one was left by a group that died: every worker
+        # writes its parts in order. A newer one may be under way, since the others do not wait.
+        known = [(path, (path / "checkpoint.json").exists()) for path in _steps(self.directory)]
+        whole = [path for path, is_whole in known if is_whole and _step_of(path) > 0]
+        for path, is_whole in known:
+            if path in whole[self.keep :] or (not is_whole and _step_of(path) < step):
+                remove(path)
+
+
+def load_checkpoint(
+    directory: UPath,
+    *,
+    classes: Collection[int] | None = None,
+    at_most: int | None = None,
+) -> dict[str, Tensor] | None:
+    """The state of the newest whole checkpoint, its parts merged; None if there is none.
+
+    A checkpoint with a missing, truncated or altered part is passed over with a warning.
+
+    Args:
+        directory: holds step-<step>/ directories.
+        classes: whose tensors are wanted; parts that hold none of them, and neither psi nor the
+            step, are not read. None: all.
+        at_most: newer steps are passed over.
+    """
+    for path in _steps(directory):
+        if at_most is not None and _step_of(path) > at_most:
+            continue
+        index = read_json(path / "checkpoint.json")
+        if index is None:
+            continue  # cut off while it was written: it never was a checkpoint
+        state: dict[str, Tensor] = {}
+        for number, (part, note) in enumerate(index["parts"].items()):
+            if number and classes is not None and not set(classes) & set(note["classes"]):
+                continue
+            data = _read_bytes(path / part)
+            if data is None or hashlib.sha256(data).hexdigest() != note["sha256"]:
+                logger.warning(
+                    "checkpoint %s is damaged (%s); going back to the one before it", path, part
+                )
+                break
+            state.update(load(data))
+        else:
+            return state
+    return None
+
+
+def newest_step(directory: UPath) -> tuple[int, UPath] | None:
+    """The newest checkpoint's step and directory, without reading its parts."""
+    for path in _steps(directory):
+        if (path / "checkpoint.json").exists():
+            return _step_of(path), path
+    return None
+
+
+def _read_bytes(path: UPath) -> bytes | None:
+    try:
+        data: bytes = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return data
+
+
+def _step_of(path: UPath) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _steps(directory: UPath) -> list[UPath]:
+    """The checkpoint directories, newest first."""
+    if not directory.exists():
+        return []
+    return sorted(directory.glob("step-*"), key=lambda path: path.name, reverse=True)
+
+
+def remove(path: UPath) -> None:
+    """Remove a checkpoint: its index first, so that a half-removed one is none."""
+    files = sorted(path.iterdir(), key=lambda file: file.name != "checkpoint.json")
+    for file in files:
+        file.unlink()
+    if path.exists():  # on an object store a directory goes with its last file
+        path.rmdir()

@@ -1,0 +1,122 @@
+"""Stages whose result follows from those of fresh networks, and what these are trained on."""
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from upath import UPath
+
+from ncfm.models import ModelConfig, build_model
+from pipeline.errors import UsageError
+from pipeline.graph import Run, Stage
+from pipeline.runtime.identity import fingerprint
+from pipeline.stages.curate import CURATE_VERSION, Curate
+from pipeline.stages.distill import Distill
+from pipeline.stages.networks import EvaluationTask, SetName, run_tasks
+from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.shard import Shard
+
+
+class NetworkStage(Stage):
+    """A stage whose result follows from those of such networks."""
+
+    @property
+    @abstractmethod
+    def tasks(self) -> Sequence[EvaluationTask]:
+        """The networks, each with its set."""
+
+    @property
+    def cache(self) -> UPath:
+        """Results of single networks, shared by all runs of a storage path."""
+        return self.config.storage / "cache" / "evaluate"
+
+    @property
+    def _names(self) -> list[str]:
+        return [task.result_path(self.cache).name for task in self.tasks]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Of all tasks, in their order."""
+        tasks = self.tasks
+        return run_tasks(tasks, self.cache, self.run.workers(len(tasks)), stage=self.name)
+
+
+def named_model(run: Run, name: str) -> ModelConfig:
+    """The network of that name; the run's own options hold for its own. Raises UsageError if it
+    cannot be built for these images.
+    """
+    model = run.config.model if name == run.config.model.name else ModelConfig(name=name)
+    check_model(run, model)
+    return model
+
+
+def check_model(run: Run, model: ModelConfig) -> None:
+    """Raises UsageError if a network cannot be built for these images."""
+    manifest = run.stage(Shard).manifest
+    try:
+        with torch.device("meta"):
+            build_model(
+                model,
+                num_classes=len(manifest["class_names"]),
+                channels=manifest["channels"],
+                image_size=manifest["image_size"],
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def evaluation_task(
+    run: Run,
+    name: SetName,
+    repeat: int,
+    *,
+    model: ModelConfig,
+    classes: tuple[int, ...] | None = None,
+) -> EvaluationTask:
+    """The task of a network on one of this run's sets, which is made first."""
+    cfg, shards, pool = run.config, run.stage(Shard), run.stage(Pretrain)
+    counts = shards.manifest["splits"]["train"]["counts"]
+    training = cfg.evaluate.training
+    if name == "whole":
+        training = dataclasses.replace(cfg.pretrain.training, epochs=cfg.evaluate.whole_epochs)
+    return EvaluationTask(
+        set=name,
+        repeat=repeat,
+        identity=fingerprint(shards.fingerprint, _content(run, name)),
+        store=shards.store,
+        distilled=run.directory / ("curated" if name == "distilled_soft" else "distilled"),
+        pool=pool.directory,
+        pool_model=cfg.model,
+        networks=cfg.pretrain.networks,
+        curate=cfg.curate,
+        model=model,
+        training=training,
+        hard_epochs=round(cfg.curate.hard_fraction * training.epochs),
+        legacy_every=cfg.evaluate.legacy_every if classes is None else 0,
+        classes=classes,
+        ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
+        factor=cfg.synthetic.factor,
+        seed=cfg.seed,
+    )
+
+
+def _content(run: Run, name: SetName) -> object:
+    """What a set depends on beside the shards."""
+    cfg, pool = run.config, run.stage(Pretrain)
+
+    def teachers() -> tuple[object, ...]:
+        return pool.fingerprint, cfg.curate, CURATE_VERSION
+
+    of_set: dict[SetName, Callable[[], object]] = {
+        "distilled": run.stage(Distill).content,
+        "distilled_soft": run.stage(Curate).content,
+        "distilled_soft_views": lambda: (run.stage(Distill).content(), *teachers()),
+        "random": lambda: cfg.ipc,
+        "random_soft": lambda: (cfg.ipc, *teachers()),
+        "random_soft_views": lambda: (cfg.ipc, *teachers()),
+        "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
+        "herding": lambda: (cfg.ipc, pool.fingerprint),
+        "whole": lambda: "",
+    }
+    return of_set[name]()

@@ -1,0 +1,240 @@
+"""Stage plan: what a run would need - disk, memory, network, time - before anything is started.
+
+Nothing is written and no cluster is joined. A sample of the source's images is encoded, and a probe
+takes a few steps on random images of the right shapes, as many probes at once as this machine would
+have workers. For another machine's GPU the time comes from a table.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.data.shards import TAR_OVERHEAD, encode, square
+from pipeline.data.sources import SPLITS, Source
+from pipeline.errors import StageError, UsageError
+from pipeline.graph import Action, log
+from pipeline.observe.reporting.tables import duration, memory
+from pipeline.runtime.assignment import ClassCost, assign, most_workers
+from pipeline.runtime.collectives import predicted_bytes
+from pipeline.stages.pretrain import new_network
+from pipeline.stages.probe import Answer, Request, image_spec, run_probes
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+ENCODED = 128
+"""Images of the source that are encoded to learn their size."""
+
+
+SMALLEST_STEP = 0.05
+"""Steps with less than this part of the table's work are said to be beyond it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Stage plan: what a run would need."""
+
+    gpu: str | None = None
+    """Predict for this GPU from a table instead of by a probe of this machine."""
+    probe_s: float = 60.0
+    """About how long the probe of the step may take."""
+    max_steps: int = 5
+    """Steps that are timed, after one that is not counted."""
+
+    def __post_init__(self) -> None:
+        if not self.probe_s > 0:
+            raise ValueError(f"plan.probe_s must be positive, got {self.probe_s}")
+        if self.max_steps < 1:
+            raise ValueError(f"plan.max_steps must be at least 1, got {self.max_steps}")
+
+
+class Plan(Action):
+    """Tells what the run would need; nothing is started or written."""
+
+    name = "plan"
+    writes = False
+
+    def check(self) -> None:
+        """See Action."""
+        _ = self.run.source
+
+    def perform(self) -> None:
+        """See Action."""
+        log(estimate_lines(estimate(self.config, self.run.source), self.config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuTime:
+    """Seconds of a step of one measured configuration on a GPU."""
+
+    fixed_s: float  # psi off
+    psi_s: float  # psi on
+    flops: float  # of all its passes
+    source: str
+
+
+GPUS = {
+    "A100": GpuTime(
+        fixed_s=0.73,
+        psi_s=1.33,
+        # CIFAR-100, IPC 10: 100 classes of 500 real and, 4 a stored one, 40 decoded images, these
+        # with 6 passes; 101.9 MFLOP a pass of the ConvNet-3 of width 128 at 32 px.
+        flops=100 * (500 + 40 * 6) * 101.9e6,
+        source="paper, table 3: the released code, CIFAR-100, IPC 10; not measured by us",
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would need. Bytes, seconds."""
+
+    images: int
+    shard_bytes: int
+    store_bytes: int  # on every node, at most: of the classes that its workers need
+    workers: int
+    use_gpu: bool
+    memory: int  # a worker that distils, without the pages of the store: the kernel's cache
+    gpu_memory: int | None  # without pools, up to GPU_SHARE of what is free; None: no GPU
+    network_bytes: int  # a step, all workers together, without metrics
+    step_s: float
+    step_source: str
+    distill_s: float
+    pretrain_s: float
+    evaluate_s: float
+
+
+def estimate(config: "RunConfig", source: Source) -> Estimate:
+    """Measure and add up. Raises UsageError for a GPU that the table does not have."""
+    _check_gpu(config)
+    counts = [0] * len(source.class_names)
+    for sample in source.samples("train"):
+        counts[sample.label] += 1
+    synthetic = config.ipc * config.synthetic.factor**2
+    calibrated = config.distill.calibration > 0
+    real = [min(n, config.distill.real_batch) for n in counts]
+    costs = [ClassCost.of(n, synthetic, calibrated=calibrated) for n in real]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count()
+    use_gpu = config.plan.gpu is not None or (gpus > 0 and config.use_gpu is not False)
+    probe_gpus = gpus > 0 and config.use_gpu is not False
+    here = gpus if probe_gpus else cpus
+    workers = config.num_workers or min(here, most_workers(costs))
+    groups = assign(costs, workers)
+    busiest = max(groups, key=lambda group: group.cost(costs))
+    mine = [max(1, real[c] // len(busiest.ranks)) for c in busiest.classes]
+    answers = run_probes(
+        Request(
+            config=config,
+            classes=len(counts),
+            real=mine,
+            threads=1,
+            seconds=config.plan.probe_s,
+            device="cuda" if probe_gpus else "cpu",
+        ),
+        count=min(workers, here),
+    )
+    slowest = max(answers, key=lambda answer: answer.step_s)
+    passes = max(group.cost(costs) for group in groups)
+    step_s, step_source = _step_time(config, slowest, passes)
+    spec = image_spec(config, len(counts))
+    trained = config.pretrain.networks * config.pretrain.training.epochs * sum(counts)
+    speed = step_s / slowest.step_s  # of another machine, by the same ratio as the steps
+    images = sum(len(source.samples(split)) for split in SPLITS)
+    return Estimate(
+        images=images,
+        store_bytes=images * config.shard.channels * config.shard.image_size**2,
+        shard_bytes=shard_bytes(config, source),
+        workers=workers,
+        use_gpu=use_gpu,
+        memory=max(answer.memory for answer in answers),
+        gpu_memory=(slowest.gpu_memory or slowest.working) if use_gpu else None,
+        network_bytes=predicted_bytes(
+            groups,
+            config.frequencies,
+            dim=new_network(config.model, spec, seed=0).num_features,
+            number_bytes=8 if config.distill.precision == "float64" else 4,
+        ),
+        step_s=step_s,
+        step_source=step_source,
+        distill_s=step_s * config.distill.num_steps,
+        pretrain_s=speed * slowest.train_image_s * trained / min(workers, config.pretrain.networks),
+        evaluate_s=speed * slowest.train_image_s * _evaluated(config, counts) / workers,
+    )
+
+
+def _check_gpu(config: "RunConfig") -> None:
+    if config.plan.gpu is not None and config.plan.gpu not in GPUS:
+        raise UsageError(
+            f"plan.gpu {config.plan.gpu!r} is not in the table: {', '.join(GPUS)}; "
+            "without it, this machine is measured"
+        )
+
+
+def _step_time(config: "RunConfig", probe: Answer, passes: float) -> tuple[float, str]:
+    if config.plan.gpu is None:
+        how = "measured" if probe.whole else "measured on a part of a step"
+        return probe.step_s, f"{how} on this machine, without the time on the network"
+    known, flops = GPUS[config.plan.gpu], passes * probe.pass_flops
+    source = f"scaled from {known.source}"
+    if flops < SMALLEST_STEP * known.flops:
+        source += "; too low, for so small a step does not fill a GPU"
+    return gpu_step_s(config.plan.gpu, config, flops), source
+
+
+def gpu_step_s(gpu: str, config: "RunConfig", flops: float) -> float:
+    """Seconds of a step whose passes take so many FLOP, by the table."""
+    known = GPUS[gpu]
+    reference = known.psi_s if config.frequencies.sampler == "psi" else known.fixed_s
+    return reference * flops / known.flops
+
+
+def _evaluated(config: "RunConfig", counts: list[int]) -> int:
+    """Images trained on in the evaluation, all networks and epochs."""
+    stored = config.ipc * len(counts)
+    decoded = stored * config.synthetic.factor**2
+    each = 2 * decoded + stored  # distilled, same-factor random, random
+    each += stored * ("herding" in config.evaluate.sets) + decoded * config.curate.soft_labels
+    whole = config.evaluate.whole_epochs * sum(counts)
+    return config.evaluate.repeats * (config.evaluate.training.epochs * each + whole)
+
+
+def shard_bytes(config: "RunConfig", source: Source) -> int:
+    """Bytes of all shards, from the encoded size of some images. Raises StageError if none of them
+    can be read.
+    """
+    samples = [sample for split in SPLITS for sample in source.samples(split)]
+    stride = max(1, len(samples) // ENCODED)
+    sizes = []
+    for sample in samples[stride // 2 :: stride]:
+        try:
+            image = source.read(sample)
+        except OSError:
+            continue  # the shard stage will list it
+        small = square(image, config.shard.image_size, config.shard.channels)
+        sizes.append(TAR_OVERHEAD + len(encode(small, config.shard)))
+    if not sizes:
+        raise StageError(f"none of {ENCODED} images of the source can be read")
+    return round(sum(sizes) / len(sizes) * len(samples))
+
+
+def estimate_lines(found: Estimate, config: "RunConfig") -> str:
+    """The plan as lines of text."""
+    total = found.pretrain_s + found.distill_s + found.evaluate_s
+    kind = "GPU" if found.use_gpu else "CPU"
+    lines = [
+        ("shards on disk", f"{memory(found.shard_bytes)} ({found.images} images)"),
+        ("decoded images on disk", f"{memory(found.store_bytes)} on every node, at most"),
+        ("workers", f"{found.workers}, a {kind} each"),
+        ("memory per worker", memory(found.memory)),
+        ("GPU memory per worker", memory(found.gpu_memory) if found.use_gpu else "none"),
+        ("network per step", f"{found.network_bytes:,} bytes, all workers together"),
+        ("step", f"{found.step_s:.3g} s ({found.step_source})"),
+        ("distillation", f"{duration(found.distill_s)} ({config.distill.num_steps} steps)"),
+        ("pretraining", f"about {duration(found.pretrain_s)}"),
+        ("evaluation", f"about {duration(found.evaluate_s)}"),
+        ("all", f"about {duration(total)}, {total * found.workers / 3600:.2g} {kind} hours"),
+    ]
+    return "\n".join(f"[plan] {name.ljust(22)} {value}" for name, value in lines)

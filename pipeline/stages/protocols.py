@@ -1,0 +1,117 @@
+"""Evaluation protocols by name: every choice that an accuracy depends on, in one place.
+
+`evaluate.protocol` sets all fields of `EvaluateConfig` but `networks`, and those of `curate`. A
+protocol that a preset names gives way to the other values of the preset; one that is named on the
+command line overrides the preset and gives way to the other options of the command line.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ncfm.augment import AugmentConfig
+from ncfm.curation import CurateConfig
+from ncfm.train import TrainConfig
+from pipeline.runtime.identity import dotted
+
+EvaluatedSet = Literal["distilled", "random", "random_same_factor", "herding", "whole"]
+
+
+def _released(epochs: int) -> TrainConfig:
+    """The released code's training on a small set, in so many epochs (there 2000)."""
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=128,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,  # AdamW's own default, which the released code leaves as it is
+        cutmix_prob=0.5,
+        milestones=(0.2, 0.4, 0.6, 0.8),
+        gamma=0.5,
+        augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How sets of images are judged."""
+
+    protocol: str = "default"
+    """default: hard labels, last epoch. paper: the same, and best-on-test in a column of its own.
+    soft: stored soft labels, too. quick: few epochs, to tell good configurations from bad ones.
+    cosine: default with a cosine learning rate and averaged weights; name it beside an accuracy."""
+    networks: tuple[str, ...] = ()
+    """Networks to train, as model.name takes them; none: that of model alone."""
+    repeats: int = 10
+    """Fresh networks per set (paper: 10; 3 for the ImageNet subsets)."""
+    sets: tuple[EvaluatedSet, ...] = get_args(EvaluatedSet)
+    """What networks are trained on: the distilled set; `random` real images, as many as it stores
+    (random_same_factor: as many as it decodes to, shrunk); `herding`: real images that the pool's
+    features choose; the `whole` training set, which takes longest. With stored soft labels
+    (`curate.soft_labels`) the distilled and the random set also count with these."""
+    legacy_every: int = 0
+    """Also test after every so many epochs and report the best, which is chosen on the test images,
+    as legacy (released code: 100). 0: look at the test images once."""
+    training: TrainConfig = field(default_factory=lambda: _released(2000))
+    """Training on a small set; the defaults are the released code's."""
+    whole_epochs: int = 60
+    """Epochs on the whole training set."""
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "whole_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.sets or len(set(self.sets)) < len(self.sets):
+            raise ValueError(f"sets must name one or more, each once, got {list(self.sets)}")
+        if self.legacy_every < 0:
+            raise ValueError(f"legacy_every must not be negative, got {self.legacy_every}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol fixes."""
+
+    evaluate: EvaluateConfig
+    curate: CurateConfig = field(default_factory=CurateConfig)
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "default": Protocol(EvaluateConfig()),
+    "paper": Protocol(EvaluateConfig(protocol="paper", legacy_every=100)),
+    "soft": Protocol(EvaluateConfig(protocol="soft"), CurateConfig(soft_labels=True)),
+    "quick": Protocol(
+        EvaluateConfig(
+            protocol="quick",
+            repeats=2,
+            sets=("distilled", "random", "random_same_factor", "whole"),
+            training=_released(200),
+            whole_epochs=10,
+        )
+    ),
+    "cosine": Protocol(
+        EvaluateConfig(
+            protocol="cosine",
+            training=dataclasses.replace(_released(2000), schedule="cosine", ema=0.99),
+        )
+    ),
+}
+
+
+def protocol_settings(name: str) -> dict[str, Any]:
+    """What a protocol sets: dotted option -> value. Raises ValueError if there is no such."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"evaluate.protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    found = _options(PROTOCOLS[name].evaluate, PROTOCOLS[name].curate)
+    del found["evaluate.networks"]
+    return found
+
+
+def protocol_changes(evaluate: EvaluateConfig, curate: CurateConfig) -> list[str]:
+    """The options whose values are not those of the protocol that the configuration names."""
+    mine = _options(evaluate, curate)
+    wanted = protocol_settings(evaluate.protocol)
+    return [name for name, value in wanted.items() if mine[name] != value]
+
+
+def _options(evaluate: EvaluateConfig, curate: CurateConfig) -> dict[str, Any]:
+    return dotted({"evaluate": dataclasses.asdict(evaluate), "curate": dataclasses.asdict(curate)})

@@ -1,0 +1,225 @@
+"""What a search tries: its check before anything starts, and the sampler of its trials."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from upath import UPath
+
+from ncfm.seeding import keyed_seed
+from pipeline.errors import UsageError, missing_package
+from pipeline.runtime.files import read_json, write_atomic
+from pipeline.runtime.identity import dotted, fingerprint
+from pipeline.stages.tuning import TUNE_VERSION
+from pipeline.stages.tuning.search_space import (
+    INPUTS,
+    RUNG_OPTION,
+    SEARCHED,
+    TuneConfig,
+    Value,
+    Values,
+    integer_options,
+    option_type,
+    override,
+    sample,
+    told,
+)
+
+if TYPE_CHECKING:
+    from pipeline.cli import Command
+    from pipeline.config import RunConfig
+
+
+def check_search(command: "Command") -> None:
+    """Raise UsageError if the space is not one: an unknown option, one that no trial can change, a
+    value of the wrong type, values that make no configuration.
+    """
+    config = command.config
+    space = config.tune.space
+    if not space:
+        raise UsageError(
+            'tune needs a space in its preset, such as [tune.space."distill.lr"] '
+            "loguniform = [1e-3, 1e-1]"
+        )
+    for key, found in space.items():
+        try:
+            option_type(type(config), key)
+        except KeyError as error:
+            raise UsageError(f"tune.space: {error.args[0]}") from None
+        group = key.partition(".")[0]
+        if group not in SEARCHED or key == RUNG_OPTION:
+            raise UsageError(
+                f"tune.space {key!r}: searched can be {', '.join(SEARCHED)}, but {RUNG_OPTION}"
+            )
+        if config.tune.sampler == "optuna" and group in INPUTS and found.choice is None:
+            raise UsageError(
+                f"tune.space {key!r}: with tune.sampler optuna, what changes shards or networks "
+                "needs a choice: they are made before the trials"
+            )
+        # What must fit other options of its group is judged with them, below.
+        alone = not any(k != key and k.partition(".")[0] == group for k in space)
+        check = command.changed if alone else command.check_types
+        for value in found.extremes(integer=key in integer_options(type(config), space)):
+            try:
+                check({key: value})
+            except UsageError as error:
+                raise UsageError(f"tune.space {key!r}: {error}") from None
+    if config.tune.sampler == "optuna":
+        if find_spec("optuna") is None:
+            raise missing_package("tune.sampler optuna", "optuna")
+        return
+    sampler = RandomSampler(config)
+    for number, values in sampler.known().items():
+        try:
+            override(config, values)
+        except ValueError as error:
+            raise UsageError(f"trial {number} of tune.space ({told(values)}): {error}") from None
+
+
+def own_values(config: "RunConfig") -> Values:
+    """What the configuration itself has for the options of the space."""
+    options = dotted(dataclasses.asdict(config))
+    return {key: options[key] for key in config.tune.space}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sampler learns from: a trial that has ended or is under way."""
+
+    values: Values
+    accuracy: float | None  # None: none yet
+    stored_bytes: int
+    ended: bool
+
+
+class Sampler(Protocol):
+    """Where trials come from."""
+
+    def known(self) -> dict[int, Values]:
+        """The trials that are already decided on, by number."""
+        ...
+
+    def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
+        """The values of a trial, given what is known of those before it."""
+        ...
+
+
+class RandomSampler:
+    """Every trial follows from the seed and its number."""
+
+    def __init__(self, config: "RunConfig") -> None:
+        self._config, self._seed, self._first = config.tune, config.seed, own_values(config)
+        self._integers = integer_options(type(config), config.tune.space)
+
+    def known(self) -> dict[int, Values]:
+        """All of them."""
+        return {number: self.values(number, ()) for number in range(self._config.num_trials)}
+
+    def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
+        """See Sampler; the outcomes do not matter."""
+        del outcomes
+        return sample(
+            self._config, number, seed=self._seed, integers=self._integers, first=self._first
+        )
+
+
+class OptunaSampler:
+    """Optuna's TPE: a trial follows from the seed, its number, and the outcomes when it began.
+
+    What was suggested is written down before it is tried, so that an interrupted search tries the
+    same again.
+    """
+
+    def __init__(self, config: "RunConfig", directory: UPath) -> None:
+        self._config, self._seed, self._first = config.tune, config.seed, own_values(config)
+        self._integers = integer_options(type(config), config.tune.space)
+        identity = fingerprint(TUNE_VERSION, config.tune.space, config.seed, self._first)
+        self._path = directory / f"optuna-{identity}.json"
+        self._known: dict[int, Values] = {
+            int(number): values for number, values in (read_json(self._path) or {}).items()
+        }
+
+    def known(self) -> dict[int, Values]:
+        """What was suggested so far."""
+        return {n: v for n, v in self._known.items() if n < self._config.num_trials}
+
+    def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
+        """See Sampler."""
+        if number not in self._known:
+            self._known[number] = self._suggest(number, outcomes)
+            write_atomic(self._path, json.dumps(self._known, indent=1))
+        return self._known[number]
+
+    def _suggest(self, number: int, outcomes: Sequence[Outcome]) -> Values:
+        space = self._config.space
+        if number == 0 and all(found.contains(self._first.get(k)) for k, found in space.items()):
+            return dict(self._first)
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        distributions = {key: self._distribution(key) for key in self._config.space}
+        trade_off = len({outcome.stored_bytes for outcome in outcomes}) > 1
+        study = optuna.create_study(
+            directions=["maximize", "minimize"] if trade_off else ["maximize"],
+            sampler=optuna.samplers.TPESampler(
+                seed=keyed_seed(self._seed, "optuna", number) % 2**32, constant_liar=True
+            ),
+        )
+        for outcome in outcomes:
+            complete = outcome.ended and outcome.accuracy is not None
+            state = (
+                optuna.trial.TrialState.COMPLETE
+                if complete
+                else (
+                    optuna.trial.TrialState.FAIL
+                    if outcome.ended
+                    else optuna.trial.TrialState.RUNNING
+                )
+            )
+            objectives = [outcome.accuracy or 0.0, outcome.stored_bytes][: 1 + trade_off]
+            study.add_trial(
+                optuna.create_trial(
+                    state=state,
+                    params=outcome.values,
+                    distributions=distributions,
+                    values=objectives if complete else None,
+                )
+            )
+        suggested: Values = dict(study.ask(distributions).params)
+        return suggested
+
+    def _distribution(self, key: str) -> Any:
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        found = self._config.space[key]
+        if found.choice is not None:
+            return CategoricalDistribution(found.choice)
+        low, high = found.extremes(integer=key in self._integers)
+        kind = IntDistribution if key in self._integers else FloatDistribution
+        return kind(low, high, log=found.loguniform is not None)
+
+
+def build_sampler(config: "RunConfig", directory: UPath) -> Sampler:
+    """The sampler that the configuration asks for."""
+    if config.tune.sampler == "optuna":
+        return OptunaSampler(config, directory)
+    return RandomSampler(config)
+
+
+def input_values(config: TuneConfig, sampler: Sampler) -> list[Values]:
+    """The distinct values, over all trials, of the options that change shards or networks."""
+    keys = [key for key in config.space if key.partition(".")[0] in INPUTS]
+    points: list[dict[str, Value]] = [{}]
+    if config.sampler == "optuna":
+        for key in keys:
+            points = [{**point, key: v} for point in points for v in config.space[key].choice or ()]
+        return points
+    found = [{key: values[key] for key in keys} for values in sampler.known().values()]
+    return [values for i, values in enumerate(found) if values not in found[:i]]

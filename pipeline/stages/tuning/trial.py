@@ -1,0 +1,204 @@
+"""A trial of a search: a distillation in one process, evaluated at rungs on held-out train images.
+
+Its directory holds its checkpoints and the result of every rung. A trial that is started again goes
+on from there: rungs that are done are reported from their files.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from upath import UPath
+
+from ncfm.distill import NonFiniteLossError
+from ncfm.evaluate import judge
+from ncfm.seeding import keyed_seed
+from ncfm.synthetic import SyntheticSet
+from ncfm.train import TrainConfig
+from pipeline.data.batches import StoredImages
+from pipeline.observe.progress import Progress, append_rows, read_rows
+from pipeline.observe.tracking import TrackedRun, Trackers
+from pipeline.runtime.checkpoint import load_checkpoint
+from pipeline.runtime.files import read_json, write_atomic
+from pipeline.runtime.identity import canonical_json, fingerprint, peak_rss_bytes
+from pipeline.stages.distill_loop import DistillJob, Loop
+from pipeline.stages.networks import EVALUATE_VERSION
+from pipeline.stages.tuning import TUNE_VERSION
+from pipeline.stages.tuning.search_space import INPUTS, Values, override
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+Result = dict[str, Any]
+"""Of a rung: step, accuracy (the mean), accuracies, seconds, peak_rss_bytes."""
+PROGRESS_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialJob:
+    """What a trial needs."""
+
+    number: int
+    directory: UPath
+    distill: DistillJob
+    rungs: tuple[int, ...]  # steps
+    training: TrainConfig
+    repeats: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the synthetic set: one a pixel and channel, as stored."""
+        spec = self.distill.store.spec
+        return spec.num_classes * self.distill.ipc * spec.channels * spec.image_size**2
+
+    def results(self) -> list[Result]:
+        """Of the rungs that are done."""
+        found: list[Result] = []
+        while len(found) < len(self.rungs) and (result := read_json(self._path(len(found)))):
+            found.append(result)
+        return found
+
+    def _path(self, rung: int) -> UPath:
+        return self.directory / f"rung-{rung}.json"
+
+    def run(self, report: Callable[[Result], None], device: str) -> None:
+        """Distil and evaluate, rung by rung. Raises what distillation and training raise."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        done = self.results()
+        for result in done:
+            report(result)
+        progress = Progress(
+            f"trial {self.number}", self.rungs[-1], unit="steps", interval=PROGRESS_S
+        )
+        for rung in range(len(done), len(self.rungs)):
+            began = time.monotonic()
+            steps = self.rungs[rung]
+            config = replace(self.distill.distill, num_steps=steps)
+            Loop(replace(self.distill, distill=config), device).run(progress)
+            accuracies = self._accuracies(steps, device)
+            result = {
+                "step": steps,
+                "accuracy": statistics.fmean(accuracies),
+                "accuracies": accuracies,
+                "seconds": round(time.monotonic() - began, 3),
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+            self._tell(result)
+            write_atomic(self._path(rung), json.dumps(result))
+            report(result)
+
+    def _accuracies(self, steps: int, device: str) -> list[float]:
+        """Of fresh networks trained on the set after so many steps, on the split `select`."""
+        job = self.distill
+        state = load_checkpoint(job.checkpoints, at_most=steps)
+        if state is None or int(state["step"]) != steps:
+            raise RuntimeError(f"no checkpoint of step {steps} in {job.checkpoints}")
+        spec = job.store.spec
+        classes = range(spec.num_classes)
+        images = torch.cat([state[f"class/{c}/images"].float() for c in classes])
+        labels = torch.tensor(classes).repeat_interleave(job.ipc)
+        synthetic = SyntheticSet(images, labels, job.synthetic.factor, spec)
+        held_out = StoredImages(job.store, "select")
+        return [
+            judge(
+                synthetic.source(device=device),
+                held_out,
+                spec,
+                model=job.model,
+                training=self.training,
+                seed=keyed_seed(job.seed, "tune", repeat),
+                device=device,
+            ).accuracy
+            for repeat in range(self.repeats)
+        ]
+
+    def _tell(self, result: Result) -> None:
+        row = {"stage": "tune", "step": result["step"], "time": time.time()}
+        row["tune/accuracy"] = result["accuracy"]
+        rows = [
+            old
+            for old in read_rows(self.distill.metrics)
+            if old["stage"] != "tune" or old["step"] < result["step"]  # told before it was cut off
+        ]
+        append_rows(self.distill.metrics, [*rows, row], fresh=True)
+        trackers = Trackers(self.distill.tracked, result["step"])
+        trackers.log(row)
+        trackers.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepJob:
+    """What the trials of a search share; it travels to their workers once."""
+
+    name: str  # of the run
+    config: "RunConfig"
+    directory: UPath
+    inputs: Mapping[str, DistillJob]  # input_key -> a job on its shards and networks
+
+    def trial(self, number: int, values: Values) -> TrialJob:
+        """The trial with these values. Raises ValueError if they make no configuration."""
+        config: RunConfig = override(self.config, values)
+        rungs = config.tune.steps(config.distill.num_steps)
+        training = replace(config.evaluate.training, epochs=config.tune.epochs)
+        base = self.inputs[input_key(values)]
+        identity = fingerprint(
+            "trial",
+            [TUNE_VERSION, EVALUATE_VERSION],
+            base.checkpoints.name,  # shards, networks, seed, the version of the distillation
+            *(config.synthetic, config.distill, config.frequencies, config.augment, config.ipc),
+            *(rungs, training, config.model, config.tune.repeats),
+        )
+        directory = self.directory / "trials" / f"{number:03d}-{identity}"
+        tracked = base.tracked
+        if tracked is not None:
+            tracked = TrackedRun(
+                config=tracked.config,
+                name=f"{self.name}-trial-{number:03d}",
+                identity=identity,
+                tensorboard=tracked.tensorboard.parent / f"trial-{number:03d}-{identity}",
+                directory=tracked.directory,
+                options=values,
+            )
+        job = replace(
+            base,
+            synthetic=config.synthetic,
+            distill=config.distill,
+            frequencies=config.frequencies,
+            augment=config.augment,
+            ipc=config.ipc,
+            checkpoints=directory / "checkpoints",
+            metrics=directory / "metrics.jsonl",
+            tracked=tracked,
+        )
+        return TrialJob(
+            number=number,
+            directory=directory,
+            distill=job,
+            rungs=rungs,
+            training=training,
+            repeats=config.tune.repeats,
+        )
+
+
+def input_key(values: Mapping[str, object]) -> str:
+    """What of a trial's values changes shards or networks."""
+    return canonical_json({k: v for k, v in values.items() if k.partition(".")[0] in INPUTS})
+
+
+def run_trial(config: dict[str, Any], *, sweep: SweepJob, device: str) -> None:
+    """The function that Ray Tune runs, on a worker.
+
+    What would only fail again (a loss that is no number) is a result, not an error to retry.
+    """
+    from ray import tune
+
+    number, values = config["number"], json.loads(config["values"])
+    try:
+        trial = sweep.trial(number, values)
+        trial.run(lambda result: tune.report({"number": number, **result}), device)
+    except (NonFiniteLossError, FloatingPointError) as error:
+        tune.report({"number": number, "failure": str(error)})
