@@ -120,9 +120,7 @@ class Run:
 
     def action(self, name: str) -> Action:
         """The stage, or what else has that name on the command line."""
-        module = import_module(f"pipeline.stages.{name.replace('-', '_')}")
-        kind: type[Action] = getattr(module, name.title().replace("-", ""))
-        return self.stage(kind)
+        return self.stage(action_class(name))
 
     def stage(self, kind: type[S]) -> S:
         """This run's stage of that kind."""
@@ -195,6 +193,13 @@ class Run:
         if text not in self._said:
             self._said.add(text)
             log(text)
+
+
+def action_class(name: str) -> type[Action]:
+    """The class of the stage, or what else has that name on the command line."""
+    module = import_module(f"pipeline.stages.{name.replace('-', '_')}")
+    found: type[Action] = getattr(module, name.title().replace("-", ""))
+    return found
 
 
 def run_stage(

@@ -78,12 +78,8 @@ def preview_png(
     strip_width = max(len(strip) for _, strip in rows) * (width * scale + _GAP) - _GAP
     caption_width = max(round(font.getlength(caption)) for caption in captions)
     lines = _lines(len(rows), caption_width + strip_width + 2 * _GUTTER, row_height)
-    # Each column's images begin where its longest caption ends.
-    lefts, right = [], 0
-    for first in range(0, len(rows), lines):
-        widest = max(font.getlength(caption) for caption in captions[first : first + lines])
-        lefts.append(right + round(widest) + 2 * _GUTTER)
-        right = lefts[-1] + strip_width
+    lefts = _column_starts(captions, lines, strip_width, font)
+    right = lefts[-1] + strip_width
     note = _left_out(rows, images, present)
     bottom = lines * row_height - _GAP + 2 * _GUTTER
     sheet_width = max(right, round(font.getlength(note)) + _GUTTER) + _GUTTER
@@ -100,6 +96,21 @@ def preview_png(
     if note:
         draw.text((_GUTTER, bottom), note, fill=_FAINT, font=font)
     return png(np.asarray(sheet))
+
+
+def _column_starts(
+    captions: Sequence[str],
+    lines: int,
+    strip_width: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> list[int]:
+    """Where each column's images begin: where its longest caption ends."""
+    lefts, right = [], 0
+    for first in range(0, len(captions), lines):
+        widest = max(font.getlength(caption) for caption in captions[first : first + lines])
+        lefts.append(right + round(widest) + 2 * _GUTTER)
+        right = lefts[-1] + strip_width
+    return lefts
 
 
 def _check(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:

@@ -45,6 +45,14 @@ class Progress:
         )
 
 
+def values_text(values: Mapping[str, object]) -> str:
+    """Values as a person reads them."""
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
+
+
 def _clock(seconds: float) -> str:
     if seconds == float("inf"):
         return "?"

@@ -8,8 +8,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from pipeline.observe.progress import values_text
 from pipeline.observe.reporting.charts import BLUE, ORANGE, Chart, chart_layout, plain_figure
-from pipeline.stages.tuning.search_space import told
 
 Row = Mapping[str, Any]
 
@@ -42,7 +42,8 @@ def search(results: Mapping[str, Any]) -> Search:
         counts=", ".join(f"{count} {status}" for status, count in counts.items() if count),
         best="tune/best.toml",
         front=[
-            (r["trial"], r["stored_bytes"], 100 * r["accuracy"], told(r["values"])) for r in front
+            (r["trial"], r["stored_bytes"], 100 * r["accuracy"], values_text(r["values"]))
+            for r in front
         ],
         failed=[(row["trial"], row["error"]) for row in rows if row["error"]],
     )

@@ -4,9 +4,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.observe.progress import values_text
 from pipeline.stages.tuning.halving import Verdict, verdicts
 from pipeline.stages.tuning.search import Outcome, Sampler
-from pipeline.stages.tuning.search_space import Values, told
+from pipeline.stages.tuning.search_space import Values
 from pipeline.stages.tuning.trial import Result, SweepJob, TrialJob
 
 
@@ -114,7 +115,7 @@ class Table:
             f"{100 * result['accuracy']:.1f}",
             len(self._ended),
             self._board.config.num_trials,
-            told(self._board.values[number]),
+            values_text(self._board.values[number]),
         )
 
     def tell_ended(self, found: Mapping[int, Verdict]) -> None:

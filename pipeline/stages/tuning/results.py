@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
+from pipeline.observe.progress import values_text
 from pipeline.runtime.files import Manifest, write_atomic
-from pipeline.stages.tuning.search_space import TuneConfig, told
+from pipeline.stages.tuning.search_space import TuneConfig
 
 if TYPE_CHECKING:
     from pipeline.cli import Command
@@ -62,7 +63,7 @@ def preset(row: Mapping[str, Any], command: "Command") -> str:
     about = (
         f"# Trial {row['trial']} of the search in {command.config.run_directory.name}: "
         f"{100 * row['accuracy']:.1f} % on images held out of train, "
-        f"after {row['step']} steps.\n# {told(row['values'])}\n"
+        f"after {row['step']} steps.\n# {values_text(row['values'])}\n"
     )
     return about + changed.toml
 
@@ -80,6 +81,6 @@ def summary(manifest: Manifest) -> str:
             shown = f"{100 * statistics.fmean(spread):.1f}"
             lines.append(
                 f"[tune] {row['trial']:>5}  {row['stored_bytes']:>9}  {shown:>8}  "
-                f"{told(row['values'])}"
+                f"{values_text(row['values'])}"
             )
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from upath import UPath
 
 from ncfm.seeding import keyed_seed
 from pipeline.errors import UsageError, missing_package
+from pipeline.observe.progress import values_text
 from pipeline.runtime.files import read_json, write_atomic
 from pipeline.runtime.identity import dotted, fingerprint
 from pipeline.stages.tuning import TUNE_VERSION
@@ -25,7 +26,6 @@ from pipeline.stages.tuning.search_space import (
     option_type,
     override,
     sample,
-    told,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def check_search(command: "Command") -> None:
         try:
             override(config, values)
         except ValueError as error:
-            raise UsageError(f"trial {number} of tune.space ({told(values)}): {error}") from None
+            raise UsageError(
+                f"trial {number} of tune.space ({values_text(values)}): {error}"
+            ) from None
 
 
 def own_values(config: "RunConfig") -> Values:

@@ -228,11 +228,3 @@ def override(config: Any, values: Mapping[str, Any]) -> Any:
         for name, inner in groups.items()
     }
     return dataclasses.replace(config, **changed)
-
-
-def told(values: Mapping[str, object]) -> str:
-    """Values as a person reads them."""
-    return ", ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in values.items()
-    )
