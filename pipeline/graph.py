@@ -170,11 +170,13 @@ class Run:
 
     # ------------------------------------------------------------------ the cluster
 
-    def workers(self, items: int) -> Workers:
-        """Join the cluster, and size a group of workers for so many items."""
+    def workers(self, items: int, *, threads: int = 1) -> Workers:
+        """Join the cluster, and size a group of workers for so many items, each of which so many
+        threads can share.
+        """
         cfg = self.config
         connect()
-        workers = size_workers(cfg.num_workers, cfg.use_gpu, items, grows=joins())
+        workers = size_workers(cfg.num_workers, cfg.use_gpu, items, threads=threads, grows=joins())
         if joins() and cfg.use_gpu is None and not workers.use_gpu:
             self._say_once(
                 "[cluster] no GPU in the cluster: workers use CPUs; where GPUs come on demand, "

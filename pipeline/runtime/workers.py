@@ -135,9 +135,15 @@ def _free_port() -> int:
 
 
 def size_workers(
-    num_workers: int | None, use_gpu: bool | None, num_items: int, *, grows: bool = False
+    num_workers: int | None,
+    use_gpu: bool | None,
+    num_items: int,
+    *,
+    threads: int = 1,
+    grows: bool = False,
 ) -> Workers:
-    """How many workers for num_items classes or networks: as asked, else one a GPU, else one a CPU.
+    """How many workers for num_items classes or networks, each of which so many threads can share:
+    as asked, else one a GPU, else one a CPU.
 
     On a cluster that `grows` what is alive by now limits nothing that is asked for: Ray brings up
     nodes for workers that have no place yet. Raises UsageError if more GPUs are asked for than a
@@ -153,7 +159,8 @@ def size_workers(
             f"use_gpu true with {num_workers or 1} workers, but the cluster has {gpus} GPUs"
         )
     alive = gpus if with_gpu else int(cpus)
-    count = max(1, min(num_workers or alive, num_items))
+    most = num_items if with_gpu else num_items * threads
+    count = max(1, min(num_workers or alive, most))
     return Workers(count, with_gpu, 1.0 if grows else min(1.0, cpus / count))
 
 

@@ -12,6 +12,7 @@ from ncfm.models import ModelConfig, build_model
 from pipeline.errors import UsageError
 from pipeline.graph import Run, Stage
 from pipeline.runtime.identity import fingerprint
+from pipeline.runtime.tasks import MOST_THREADS
 from pipeline.stages.curate import CURATE_VERSION, Curate
 from pipeline.stages.distill import Distill
 from pipeline.stages.networks import EvaluationTask, SetName, run_tasks
@@ -39,7 +40,8 @@ class NetworkStage(Stage):
     def results(self) -> list[dict[str, Any]]:
         """Of all tasks, in their order."""
         tasks = self.tasks
-        return run_tasks(tasks, self.cache, self.run.workers(len(tasks)), stage=self.name)
+        workers = self.run.workers(len(tasks), threads=MOST_THREADS)
+        return run_tasks(tasks, self.cache, workers, stage=self.name)
 
 
 def named_model(run: Run, name: str) -> ModelConfig:

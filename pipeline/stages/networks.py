@@ -30,6 +30,7 @@ from pipeline.data.store import Store
 from pipeline.observe.progress import Progress
 from pipeline.runtime.files import read_json, write_atomic
 from pipeline.runtime.identity import fingerprint, peak_rss_bytes
+from pipeline.runtime.tasks import run_each
 from pipeline.runtime.workers import Workers
 from pipeline.stages.curate import pool_networks
 from pipeline.stages.pretrain import load_member, new_network
@@ -48,7 +49,8 @@ SetName = Literal[
 
 EVALUATE_VERSION = 2
 """To be raised when this stage's results change; see tests/integration/test_golden.py."""
-MOST_THREADS = 4  # of a network: batches of 128 are trained in four parts
+MAX_RETRIES = 3
+"""Of a network whose worker died."""
 CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
 
 
@@ -225,42 +227,14 @@ def run_tasks(
     """The results of the tasks, in their order: from the cache, or else by Ray tasks, as many at a
     time as there are workers. A result is the same whatever runs beside it.
     """
-    import ray
-
     cache.mkdir(parents=True, exist_ok=True)
     paths = [task.result_path(cache) for task in tasks]
     waiting = {
         path: task for path, task in zip(paths, tasks, strict=True) if not path.exists()
     }  # each once, though two rows may need it
-    remote = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0, max_retries=3)(
-        EvaluationTask.run
-    )
-    threads = [1] * len(waiting)
-    if not workers.use_gpu:
-        nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]]
-        threads = shares(len(waiting), workers.count, largest=min(MOST_THREADS, int(max(nodes))))
-    pending: dict[Any, tuple[UPath, int]] = {}
-    progress, total, todo = Progress(stage, len(waiting), unit="networks"), len(waiting), [*waiting]
-    free = workers.count
-    while todo or pending:
-        while todo and threads[0] <= free:
-            path, mine = todo.pop(0), threads.pop(0)
-            task = remote.options(num_cpus=mine).remote(waiting[path], mine, workers.device)
-            pending[task], free = (path, mine), free - mine
-        ready, _ = ray.wait(list(pending))
-        path, mine = pending.pop(ready[0])
-        free += mine
-        result = ray.get(ready[0])
+    progress = Progress(stage, len(waiting), unit="networks")
+    found = run_each(EvaluationTask.run, waiting, workers, max_retries=MAX_RETRIES)
+    for done, (path, result) in enumerate(found, start=1):
         write_atomic(path, json.dumps(result))
-        progress.update(total - len(todo) - len(pending), **{waiting[path].set: result["accuracy"]})
+        progress.update(done, **{waiting[path].set: result["accuracy"]})
     return [read_json(path) for path in paths]
-
-
-def shares(networks: int, cores: int, *, largest: int | None = None) -> list[int]:
-    """Threads of each of some networks, in their order, so that no core waits for the last of them:
-    those that do not fill all cores come first and share them; then one a core. `largest`: the most
-    that one can use.
-    """
-    odd = networks % cores
-    each = min(cores // odd, largest or cores) if odd else 1
-    return [each] * odd + [1] * (networks - odd)

@@ -1,4 +1,4 @@
-"""Stage pretrain: Ray Train trains the pool of extractors, its members divided over the workers.
+"""Stage pretrain: the pool of extractors, each of its members trained in a Ray task.
 
 Member i depends on (seed, i) alone. Each is one file, written when it is done, beside its snapshots
 if any are kept: an interrupted stage goes on with the members that are missing, and inside one of
@@ -28,7 +28,8 @@ from pipeline.graph import Run, Stage
 from pipeline.observe.progress import Progress, append_rows, read_rows
 from pipeline.runtime.files import Manifest, write_atomic
 from pipeline.runtime.identity import fingerprint, peak_rss_bytes
-from pipeline.runtime.workers import Workers, current_context, fit
+from pipeline.runtime.tasks import MOST_THREADS, run_each
+from pipeline.runtime.workers import Workers
 from pipeline.stages.shard import Shard
 
 State = dict[str, Tensor]
@@ -113,8 +114,8 @@ class Pretrain(Stage):
             seed=self.seed,
             checkpoint_every_s=runtime.checkpoint_every_s,
         )
-        workers, storage = self.run.workers(self.pretrain.networks), self.config.ray_storage
-        return pretrain(job, workers, storage=storage, max_failures=runtime.max_failures)
+        workers = self.run.workers(self.pretrain.networks, threads=MOST_THREADS)
+        return pretrain(job, workers, max_failures=runtime.max_failures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,39 +131,28 @@ class PretrainJob:
     """Seconds between two checkpoints of a member's training."""
 
 
-def pretrain(job: PretrainJob, workers: Workers, *, storage: UPath, max_failures: int) -> Manifest:
+def pretrain(job: PretrainJob, workers: Workers, *, max_failures: int) -> Manifest:
     """Train the members that are not there yet; returns what the manifest says of the pool."""
-    missing = [i for i in range(job.config.networks) if not member_path(job.directory, i).exists()]
-    if missing:
-        fit(
-            pretrain_loop,
-            {"job": job, "members": missing},
-            workers,
-            name=f"pretrain-{job.directory.name}",
-            storage=storage,
-            max_failures=max_failures,
-        )
-    return {"networks": job.config.networks}
+    members = range(job.config.networks)
+    missing = {i: (job, i) for i in members if not member_path(job.directory, i).exists()}
+    progress = Progress("pretrain", len(missing), unit="networks")
+    peak = 0
+    for done, (_, result) in enumerate(
+        run_each(pretrain_member, missing, workers, max_retries=max_failures), start=1
+    ):
+        peak = max(peak, result["peak_rss_bytes"])
+        progress.update(done, accuracy=result["val_accuracy"])
+    return {"networks": job.config.networks, "peak_rss_bytes": peak}
 
 
-def pretrain_loop(arguments: dict[str, Any]) -> None:
-    """Train this worker's share of `members`."""
-    job: PretrainJob = arguments["job"]
-    context = current_context(arguments["device"])
-    spec = job.store.spec
+def pretrain_member(task: tuple[PretrainJob, int], threads: int, device: str) -> dict[str, Any]:
+    """Train one member, as a Ray task. The threads make no difference to the result."""
+    torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
+    job, member = task
+    if member_path(job.directory, member).exists():  # the worker died after it had written it
+        return _result(read_rows(metrics_path(job.directory, member))[-1])
     images = {split: StoredImages(job.store, split) for split in ("train", "val")}
-    own_members, epochs = arguments["members"][context.rank :: context.world_size], 0
-    progress = Progress("pretrain", len(own_members) * job.config.training.epochs, unit="epochs")
-
-    def on_epoch(member: int, epoch: EpochReport) -> None:
-        if context.rank == 0:
-            progress.update(epochs + epoch.epoch + 1, network=member, loss=epoch.loss)
-
-    for member in own_members:
-        # It may have been trained before this worker was started again.
-        if not member_path(job.directory, member).exists():
-            train_member(job, member, images, spec, context.device, on_epoch)
-        epochs += job.config.training.epochs
+    return train_member(job, member, images, job.store.spec, torch.device(device), threads=threads)
 
 
 def train_member(
@@ -171,16 +161,18 @@ def train_member(
     images: Mapping[str, ImageSource],
     spec: ImageSpec,
     device: torch.device,
-    on_epoch: Callable[[int, EpochReport], None],
-) -> None:
-    """Train a member, or go on from its last checkpoint, and write its files."""
+    *,
+    threads: int = 1,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> dict[str, Any]:
+    """Train a member, or go on from its last checkpoint, and write its files; returns its accuracy
+    on val and the memory that it took.
+    """
     model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     kept_epochs = job.config.snapshot_epochs[1:-1]  # the others are in the member's own file
-    metrics, checkpoint = (
-        job.directory / f"metrics-{member:03d}.jsonl",
-        job.directory / f"training-{member:03d}.safetensors",
-    )
+    metrics = metrics_path(job.directory, member)
+    checkpoint = job.directory / f"training-{member:03d}.safetensors"
     state = load(checkpoint.read_bytes()) if checkpoint.exists() else None
     done = 0 if state is None else int(state["epoch"])
     rows = [row for row in read_rows(metrics) if row["epoch"] < done]
@@ -193,7 +185,8 @@ def train_member(
         if epoch.epoch + 1 in kept_epochs:
             path = snapshot_path(job.directory, member, epoch.epoch + 1)
             write_atomic(path, save(_contiguous(model.state_dict())))
-        on_epoch(member, epoch)
+        if on_epoch is not None:
+            on_epoch(epoch)
 
     def save_checkpoint(state: State) -> None:
         nonlocal saved_at
@@ -214,12 +207,22 @@ def train_member(
         report=report,
         save=save_checkpoint,
         resume=state,
+        threads=threads,
     )
-    rows[-1]["pretrain/val_accuracy"] = accuracy(model, images["val"], spec, device=device)
+    tested = accuracy(model, images["val"], spec, device=device, threads=threads)
+    rows[-1]["pretrain/val_accuracy"] = tested
     rows[-1]["peak_rss_bytes"] = peak_rss_bytes()
     append_rows(metrics, rows, fresh=True)
     write_atomic(member_path(job.directory, member), pack_member(initial, model.cpu().state_dict()))
     checkpoint.unlink(missing_ok=True)
+    return _result(rows[-1])
+
+
+def _result(last: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "val_accuracy": last["pretrain/val_accuracy"],
+        "peak_rss_bytes": last["peak_rss_bytes"],
+    }
 
 
 def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
@@ -231,6 +234,11 @@ def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
         image_size=spec.image_size,
         seed=seed,
     )
+
+
+def metrics_path(directory: UPath, member: int) -> UPath:
+    """The rows of the training of one network of the pool, an epoch each."""
+    return directory / f"metrics-{member:03d}.jsonl"
 
 
 def member_path(directory: UPath, member: int) -> UPath:

@@ -33,7 +33,7 @@ from ncfm.evaluate import judge
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, build_model
 from pipeline.cli import PRESETS, parse_command
-from pipeline.stages.networks import shares
+from pipeline.runtime.tasks import thread_shares
 
 WHOLE = 200
 CASES = {"small": [4], "whole": [WHOLE], "stage": [1, 4, 4, WHOLE]}
@@ -133,7 +133,9 @@ def measure(case: str, repeats: int, turns: int) -> list[dict[str, Any]]:
     for _ in range(turns):
         for variant in VARIANTS:
             servers = pipes[variant]
-            found[variant].append(train_all(servers, tasks, shares(len(tasks), len(servers))))
+            found[variant].append(
+                train_all(servers, tasks, thread_shares(len(tasks), len(servers)))
+            )
     for pipe in [pipe for mine in pipes.values() for pipe in mine]:
         pipe.send(None)
     for process in running:

@@ -9,10 +9,11 @@ from tiny import copied, stage
 from pipeline.cli import parse_command
 from pipeline.errors import UsageError
 from pipeline.graph import Run
+from pipeline.runtime.tasks import thread_shares
 from pipeline.runtime.workers import Workers
 from pipeline.stages.evaluate import rows_of
 from pipeline.stages.network_stage import evaluation_task
-from pipeline.stages.networks import run_tasks, shares
+from pipeline.stages.networks import run_tasks
 from pipeline.stages.protocols import PROTOCOLS, protocol_changes
 
 
@@ -92,12 +93,12 @@ def test_a_network_that_does_not_fit_is_refused(tiny: tuple[Path, Path]) -> None
 
 
 def test_no_core_waits_for_the_last_network() -> None:
-    assert shares(5, 2) == [2, 1, 1, 1, 1]
-    assert shares(5, 16) == [3] * 5
-    assert shares(6, 4, largest=1) == [1] * 6
-    assert shares(6, 3) == [1] * 6
-    assert shares(1, 8, largest=4) == [4]
-    assert shares(0, 4) == []
+    assert thread_shares(5, 2) == [2, 1, 1, 1, 1]
+    assert thread_shares(5, 16) == [3] * 5
+    assert thread_shares(6, 4, largest=1) == [1] * 6
+    assert thread_shares(6, 3) == [1] * 6
+    assert thread_shares(1, 8, largest=4) == [4]
+    assert thread_shares(0, 4) == []
 
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))

@@ -18,7 +18,7 @@ from pipeline.observe.progress import read_rows
 from pipeline.runtime.checkpoint import load_checkpoint
 from pipeline.stages.distill_loop import DistillJob, Loop
 from pipeline.stages.evaluate import EvaluationTask, SetName
-from pipeline.stages.pretrain import PretrainJob, pretrain_loop
+from pipeline.stages.pretrain import PretrainJob, pretrain_member
 
 OPTIONS = [
     *("--shard.image_size", "16", "--model.depth", "2", "--model.width", "16", "--ipc", "2"),
@@ -47,7 +47,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Store,
         config=config.pretrain,
         seed=config.seed,
     )
-    pretrain_loop({"job": job, "members": [0, 1], "device": "cpu"})
+    for member in (0, 1):
+        pretrain_member((job, member), 1, "cpu")
     return config, store, pool
 
 

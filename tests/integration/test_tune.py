@@ -20,7 +20,7 @@ from pipeline.graph import Run
 from pipeline.observe.progress import read_rows
 from pipeline.stages.distill import Distill
 from pipeline.stages.plan import shard_bytes
-from pipeline.stages.pretrain import PretrainJob, pretrain_loop
+from pipeline.stages.pretrain import PretrainJob, pretrain_member
 from pipeline.stages.shard import Shard
 from pipeline.stages.tune import Tune
 from pipeline.stages.tuning import TUNE_VERSION
@@ -94,7 +94,7 @@ def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tune")
 
     def pretrain_here(job: PretrainJob, *_: object, **__: object) -> dict[str, Any]:
-        pretrain_loop({"job": job, "members": [0], "device": "cpu"})
+        pretrain_member((job, 0), 1, "cpu")
         return {"networks": 1}
 
     with pytest.MonkeyPatch.context() as patch:  # the pool without Ray Train, which takes its time

@@ -57,12 +57,12 @@ def train_it(job: PretrainJob, killed_in: int | None = None) -> list[int]:
     """Train member 1; returns the epochs that were done."""
     epochs = []
 
-    def on_epoch(member: int, epoch: EpochReport) -> None:
+    def on_epoch(epoch: EpochReport) -> None:
         epochs.append(epoch.epoch)
         if epoch.epoch == killed_in:
             raise KilledError
 
-    train_member(job, 1, images(), SPEC, torch.device("cpu"), on_epoch)
+    train_member(job, 1, images(), SPEC, torch.device("cpu"), on_epoch=on_epoch)
     return epochs
 
 
