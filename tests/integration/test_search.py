@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import ASHAScheduler, AsyncHyperBandScheduler
 
 from pipeline.cli import PRESETS, parse_command
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
-from pipeline.stages.tuning.halving import verdicts
+from pipeline.stages.tuning.halving import Verdict, verdicts
 from pipeline.stages.tuning.results import pareto
 from pipeline.stages.tuning.search import (
     OptunaSampler,
@@ -158,7 +158,7 @@ def test_inputs_are_made_once_each() -> None:
     config = TuneConfig(space=space, samples=8)
     assert sorted(
         input_values(config, RandomSampler(searching(config))), key=lambda v: v["model.width"]
-    ) == [{"model.width": 8}, {"model.width": 16}]
+    ) == [{"model.width": n} for n in (8, 16, 128)], "the first draw is the run's own"
     plain = TuneConfig(space=SPACE, samples=8)
     assert input_values(plain, RandomSampler(searching(plain))) == [{}]
 
@@ -292,3 +292,30 @@ def test_the_front_is_what_none_beats(points: list[tuple[int, int, bool]]) -> No
             if a is not b:
                 assert a["stored_bytes"] != b["stored_bytes"]
                 assert (a["stored_bytes"] < b["stored_bytes"]) == (a["accuracy"] < b["accuracy"])
+
+
+def test_rays_own_halving_depends_on_the_order_of_arrival() -> None:
+    """Why `halving` is not Ray Tune's ASHAScheduler: the same results, other trials stopped."""
+    accuracies = [0.1, 0.4, 0.2, 0.3]
+
+    def stopped(order: Sequence[int]) -> set[int]:
+        scheduler = ASHAScheduler(
+            time_attr="step", metric="accuracy", mode="max", max_t=9, reduction_factor=3
+        )
+        trials = [SimpleNamespace(trial_id=str(number)) for number in range(4)]
+        for trial in trials:
+            scheduler.on_trial_add(None, trial)
+        results = {
+            n: scheduler.on_trial_result(None, trials[n], {"step": 1, "accuracy": accuracies[n]})
+            for n in order
+        }
+        return {n for n, decision in results.items() if decision == scheduler.STOP}
+
+    assert stopped([0, 1, 2, 3]) != stopped([3, 2, 1, 0])
+
+    def ours(order: Sequence[int]) -> dict[int, Verdict]:
+        results = {n: [accuracies[n]] for n in order}
+        return verdicts(results, dict.fromkeys(order, 0), rungs=3, reduction_factor=3)
+
+    assert ours([0, 1, 2, 3]) == ours([3, 2, 1, 0])
+    assert {v.status for v in ours([0, 1, 2, 3]).values()} == {"running", "stopped"}

@@ -6,6 +6,10 @@ follows from the trials' results alone, on any number of workers, and after any 
 trial whose verdict has to wait for an earlier one runs on meanwhile; if it is then stopped, what it
 did beyond the rung does not count. Trials are compared with those of the same group alone: sets of
 different size are no rivals.
+
+Ray Tune's own ASHAScheduler decides in the order in which results arrive, and keeps what it has
+seen in memory: on another number of workers, or after a restart, it stops other trials (a test
+shows it). So Ray Tune places and runs the trials here, and asks this module which of them go on.
 """
 
 from collections.abc import Mapping, Sequence
