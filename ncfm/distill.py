@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig
+from ncfm.backend.compilation import can_compile
+from ncfm.backend.memory import keep_freed_memory
 from ncfm.communication import Alone, Communicator, own_parts
-from ncfm.compilation import can_compile
 from ncfm.extractors import Blend, ExtractorKind, ExtractorPool
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
 from ncfm.images import ImageSpec, to_device, to_unit
-from ncfm.memory import keep_freed_memory
 from ncfm.objectives import OBJECTIVES, Comparison
 from ncfm.psi import HeldOut, PsiGradient
 from ncfm.seeding import keyed_generator
@@ -106,9 +106,9 @@ class DistillConfig:
     features are computed again, so that memory does not grow with their number. None: 512 at 32 px,
     32 at 128."""
     compile: bool | None = None
-    """Compile the extractor. A ConvNet with instance norm, in float32 on a CPU, by kernels of our
-    own (`ncfm.kernels`), in two seconds; all else by torch.compile, in half a minute. None: where
-    it works (both need a C++ compiler), and by torch.compile only in runs of at least 500 steps,
+    """Compile the extractor. A ConvNet with instance norm, in float32 on a CPU, uses native kernels
+    (`ncfm.backend.kernels`, two seconds), everything else torch.compile (half a minute). None:
+    where it works (both need a C++ compiler), and torch.compile only in runs of at least 500 steps,
     which win its half a minute back."""
     cuda_graphs: bool = False
     """Replay what torch.compile makes of the extractor as CUDA graphs, which saves launches and

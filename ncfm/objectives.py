@@ -30,7 +30,7 @@ class Comparison:
     """Divide the features of a class by the median distance between its real ones (the median
     heuristic): <t, x> / m = <t, x / m>, so that t is the same for all classes."""
     kernels: bool = False
-    """Whether psi's gradient may come from `ncfm.kernels`."""
+    """Whether psi's gradient may come from `ncfm.backend.kernels`."""
 
 
 class Objective(ABC):

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncfm.backend.kernels import native
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec, to_device, to_unit
-from ncfm.kernels import native
 
 CHUNK = 256  # images in one pass
 K_MEANS_ROUNDS = 20

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
+from ncfm.backend.kernels import kernel_logits
+from ncfm.backend.memory import keep_freed_memory
+from ncfm.backend.threads import mapped
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
-from ncfm.kernels import kernel_logits
-from ncfm.memory import keep_freed_memory
 from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
-from ncfm.threads import mapped
 from ncfm.training_state import TrainingState, WeightAverages, load_state, pack_state
 
 PART_PIXELS = 2**15  # 32 images at 32 px; at width 128 no activation exceeds 16 MiB

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfm.augment import AugmentConfig
-from ncfm.compilation import can_compile
+from ncfm.backend.compilation import can_compile
 from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncfm import kernels
 from ncfm.augment import AugmentConfig
+from ncfm.backend import kernels
+from ncfm.backend.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
 from ncfm.communication import Alone
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec
-from ncfm.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
 from ncfm.matching import Match
 from ncfm.models import Classifier, ModelConfig, build_model
 
