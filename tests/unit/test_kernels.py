@@ -315,8 +315,8 @@ def distill(sampler: Any = "gaussian", **config: Any) -> Distiller:
 def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
     frozen(network())
     plain, quick = (distill(sampler, compile=way) for way in (False, None))
-    assert not isinstance(plain._body, NativeConvNet)
-    assert isinstance(quick._body, NativeConvNet)
+    assert not isinstance(plain.features.body, NativeConvNet)
+    assert isinstance(quick.features.body, NativeConvNet)
     moved = [
         torch.stack([p.detach() - REAL[c][:2] for c, p in d.images.items()]) for d in (plain, quick)
     ]
@@ -325,4 +325,4 @@ def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
 
 
 def test_other_precisions_have_none() -> None:
-    assert not isinstance(distill(precision="float64")._body, NativeConvNet)
+    assert not isinstance(distill(precision="float64").features.body, NativeConvNet)
