@@ -24,6 +24,7 @@ from ncfm.image_optimizer import ImageOptimizer
 from ncfm.images import ImageSpec, to_device
 from ncfm.objectives import OBJECTIVES, Comparison
 from ncfm.psi import Frequencies, HeldOut, PsiGradient
+from ncfm.registry import lookup
 from ncfm.seeding import keyed_generator
 from ncfm.views import SiameseViews
 
@@ -91,7 +92,7 @@ class Distiller:
             for c in sorted(images)
         }
         self.optimizer = ImageOptimizer(self.images, config)
-        self.objective = OBJECTIVES[config.objective]
+        self.objective = lookup("objective", config.objective, OBJECTIVES)
         pool.to(precision)
         self.kernels = (
             config.compile is not False and self.device.type == "cpu" and precision == torch.float32

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ncfm.extractors import ExtractorKind
+from ncfm.objectives import OBJECTIVES
+from ncfm.registry import lookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +25,10 @@ class DistillConfig:
     momentum: float = 0.5
     """Momentum of the images' SGD; AdamW ignores it."""
     weight_decay: float = 5e-4
-    objective: Literal["ncfd", "mmd", "mmd_raw"] = "ncfd"
+    objective: str = "ncfd"
     """What the images descend. `ncfd`: the discrepancy of characteristic functions. `mmd`: the
     squared distance of the mean features, a linear MMD; `mmd_raw`: that of raw features (DM,
-    DANCE)."""
+    DANCE). Or the dotted path of an `ncfm.objectives.Objective`, package.module.Class."""
     alpha: float = 0.5
     """Weight of the amplitude against the phase (paper eq. 8)."""
     loss_weight: float = 300.0
@@ -79,6 +81,7 @@ class DistillConfig:
         for name in ("num_steps", "real_batch", "inner_steps", "chunk_size", "graph_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        lookup("objective", self.objective, OBJECTIVES)
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 < self.easy_fraction <= 1:

@@ -1,7 +1,7 @@
 """What the synthetic images descend: distances between the real and the synthetic features.
 
 An `Objective` is made for one descent and called once for each block of classes. To add one: a
-class here, an entry of `OBJECTIVES`, and its name in `DistillConfig.objective`.
+class in a module of its own, and an entry of `OBJECTIVES` or its dotted path as the option.
 """
 
 from abc import ABC, abstractmethod
