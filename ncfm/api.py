@@ -21,9 +21,9 @@ from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, ModelConfig, build_model
 from ncfm.seeding import keyed_generator, keyed_seed
-from ncfm.selection import choose_images, easiest, easy_count, image_losses
+from ncfm.selection import easy_images, first_images
 from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
-from ncfm.train import EpochReport, TrainConfig, train
+from ncfm.train import EpochReport, TrainConfig, released_training, train
 
 Report = Callable[[str], None]
 
@@ -91,18 +91,11 @@ def distill(
     counts = torch.bincount(targets, minlength=len(names))
     if int(counts.min()) == 0:
         raise ValueError(f"class {int(counts.argmin())} has no image; labels count from 0")
-    by_class = {c: pixels[targets == c] for c in range(len(names))}
     progress = _Progress(report)
     pool = _pool(InMemoryImages(pixels, targets), spec, model, settings, seed, device, progress)
-    if settings.distill.easy_fraction < 1:
-        for c, real in by_class.items():
-            easy = easiest(
-                image_losses(pool, real, c, spec),
-                easy_count(len(real), settings.distill.easy_fraction),
-            )
-            by_class[c] = real[easy.sort().values]
+    by_class = _matched_images(pixels, targets, pool, spec, settings.distill.easy_fraction)
     first = {
-        c: _first_images(real, c, ipc, pool, spec, settings.synthetic, seed)
+        c: _initial_images(real, c, ipc, pool, spec, settings.synthetic, seed)
         for c, real in by_class.items()
     }
     distiller = Distiller(
@@ -117,15 +110,10 @@ def distill(
         num_classes=len(names),
         device=device,
     )
-    for step in range(settings.distill.num_steps):
-        size = settings.distill.real_batch
-        metrics = distiller.update(
-            {c: _drawn(real, size, seed, "real_batch", step, c) for c, real in by_class.items()}
-        )
-        progress.tell("distill", step + 1, settings.distill.num_steps, "steps", metrics)
-    made = torch.cat([distiller.images[c].detach().float().clamp(0, 1).cpu() for c in by_class])
+    _run(distiller, by_class, seed, progress)
+    stored = torch.cat([distiller.images[c].detach().float().clamp(0, 1).cpu() for c in by_class])
     of_class = torch.arange(len(names)).repeat_interleave(ipc)
-    return SyntheticSet(made, of_class, settings.synthetic.factor, spec, {"seed": seed})
+    return SyntheticSet(stored, of_class, settings.synthetic.factor, spec, {"seed": seed})
 
 
 def evaluate(
@@ -148,15 +136,7 @@ def evaluate(
             f"test images are {tuple(pixels.shape[1:])}, those of the set "
             f"{tuple(synthetic.images.shape[1:])}"
         )
-    training = training or TrainConfig(
-        epochs=1000,
-        optimizer="adamw",
-        lr=1e-3,
-        weight_decay=0.01,
-        schedule="cosine",
-        cutmix_prob=0.5,
-        augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
-    )
+    training = training or replace(released_training(1000), schedule="cosine")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return [
         judge(
@@ -172,7 +152,17 @@ def evaluate(
     ]
 
 
-def _first_images(
+def _matched_images(
+    pixels: Tensor, targets: Tensor, pool: ExtractorPool, spec: ImageSpec, fraction: float
+) -> dict[int, Tensor]:
+    """The real images of each class that are matched: all, or the easy ones."""
+    by_class = {c: pixels[targets == c] for c in range(spec.num_classes)}
+    if fraction == 1:
+        return by_class
+    return {c: real[easy_images(pool, real, c, spec, fraction)] for c, real in by_class.items()}
+
+
+def _initial_images(
     real: Tensor,
     c: int,
     ipc: int,
@@ -181,23 +171,25 @@ def _first_images(
     config: SyntheticConfig,
     seed: int,
 ) -> Tensor:
-    needed = config.real_images_needed(ipc)
-    if config.choose == "random":
-        chosen = _drawn(real, needed, seed, "init", 0, c)
-    else:
-        generator, count = keyed_generator(seed, "init_choice", c), min(needed, len(real))
-        how = config.choose
-        chosen = real[choose_images(how, pool, real, c, spec, count=count, generator=generator)]
-    return initial_images(chosen, ipc, config, keyed_generator(seed, "init_noise", c))
+    count, every = config.real_images_needed(ipc), torch.arange(len(real))
+    chosen = first_images(config.choose, pool, real, every, c, spec, count=count, seed=seed)
+    return initial_images(real[chosen], ipc, config, keyed_generator(seed, "init_noise", c))
 
 
-def _drawn(real: Tensor, size: int, seed: int, purpose: str, step: int, c: int) -> Tensor:
+def _run(
+    distiller: Distiller, by_class: Mapping[int, Tensor], seed: int, progress: "_Progress"
+) -> None:
+    """All steps, each on a random batch of every class."""
+    steps, size = distiller.config.num_steps, distiller.config.real_batch
+    for step in range(steps):
+        batches = {c: _real_batch(real, size, seed, step, c) for c, real in by_class.items()}
+        progress.tell("distill", step + 1, steps, "steps", distiller.update(batches))
+
+
+def _real_batch(real: Tensor, size: int, seed: int, step: int, c: int) -> Tensor:
     """min(size, images of the class) of its images, each at most once."""
-    order = torch.randperm(len(real), generator=keyed_generator(seed, purpose, step, c))
+    order = torch.randperm(len(real), generator=keyed_generator(seed, "real_batch", step, c))
     return real[order[:size].sort().values]
-
-
-# ---------------------------------------------------------------------- the pool
 
 
 def _pool(

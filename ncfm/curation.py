@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ncfm.kernels import kernel_logits
+from ncfm.backend.kernels import kernel_logits
 from ncfm.models import Classifier
 from ncfm.synthetic import SyntheticSet
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ncfm.backend.kernels import kernel_logits
+from ncfm.backend.threads import mapped
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
-from ncfm.kernels import kernel_logits
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
-from ncfm.threads import mapped
 from ncfm.train import EpochReport, TrainConfig, train
 
 CPU_BATCH = 32  # images of a batch that a thread tests at a time

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ncfm.kernels import NativeConvNet, native
+from ncfm.backend.kernels import NativeConvNet, native
 from ncfm.models import Classifier
 
 State = Mapping[str, Tensor]

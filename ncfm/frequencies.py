@@ -25,6 +25,7 @@ from ncfm.discrepancy import (
     smooth_sqrt_slope,
     squared_difference,
 )
+from ncfm.registry import lookup
 from ncfm.seeding import global_generator
 
 
@@ -32,12 +33,13 @@ from ncfm.seeding import global_generator
 class FrequencyConfig:
     """How frequencies are drawn, and how psi is trained."""
 
-    sampler: Literal["gaussian", "mixture", "matern", "imq", "psi"] = "gaussian"
+    sampler: str = "gaussian"
     """`gaussian`: fixed N(0, sigma^2 I), the Gaussian kernel. `mixture`: sigma times each of
     `scales` in turn, the mean of Gaussian kernels. `matern`: Student t frequencies with `nu`
     degrees of freedom, the Matern or, with nu 1, the Laplace kernel. `imq`: the inverse
     multiquadric kernel. `psi`: the paper's learned scale mixture, which no setting that was tried
-    makes better than the fixed sampler (ncfm/STUDY.md)."""
+    makes better than the fixed sampler (tests/benchmarks/study/README.md). Or the dotted path of a
+    law of the scales (`ncfm.frequencies.Law`), package.module.function."""
     num_freqs: int = 1024
     """K, the number of frequencies of a step (paper: 1024)."""
     num_components: int = 64
@@ -92,6 +94,7 @@ class FrequencyConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        lookup("sampler", self.sampler, {**LAWS, "psi": ScaleMixture})
         if self.sampler == "psi" and self.num_freqs % self.num_components:
             raise ValueError(
                 f"num_freqs must be a multiple of num_components, "
@@ -173,11 +176,12 @@ class FixedFrequencies(nn.Module):
     def __init__(self, config: FrequencyConfig, dim: int) -> None:
         super().__init__()
         self.config, self.dim = config, dim
+        self.law: Law = lookup("sampler", config.sampler, LAWS)
 
     def forward(self, generator: torch.Generator) -> Tensor:
         """Frequencies of shape (K, D) on the generator's device."""
         z = _normals(self.config, generator, self.dim)
-        scales = LAWS[self.config.sampler](self.config, generator)
+        scales = self.law(self.config, generator)
         return z.mul_(self.config.sigma * scales[:, None])
 
 

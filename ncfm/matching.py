@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ncfm.backend.kernels import add_scale_gradient, can_sum_draws
+from ncfm.backend.products import product
 from ncfm.communication import Communicator, group_total, own_parts
 from ncfm.discrepancy import CF, CFSums, cf_from_sums, ncfd, ncfd_slopes
 from ncfm.frequencies import FrequencyConfig, psi_objective, psi_slopes
-from ncfm.kernels import add_scale_gradient, can_sum_draws
-from ncfm.linalg import product
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
 GROUP_SAMPLES = {"cpu": 1, "cuda": 2**14}
@@ -57,7 +57,7 @@ class Match:
     Args:
         x: this member's part of each class's real features, (N_c, D) each.
         y: each class's synthetic features, all of them, on every member of the group.
-        kernels: whether psi's gradient may come from `ncfm.kernels`.
+        kernels: whether psi's gradient may come from `ncfm.backend.kernels`.
     """
 
     def __init__(

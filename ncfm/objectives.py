@@ -1,7 +1,7 @@
 """What the synthetic images descend: distances between the real and the synthetic features.
 
 An `Objective` is made for one descent and called once for each block of classes. To add one: a
-class here, an entry of `OBJECTIVES`, and its name in `DistillConfig.objective`.
+class in a module of its own, and an entry of `OBJECTIVES` or its dotted path as the option.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class Comparison:
     """Divide the features of a class by the median distance between its real ones (the median
     heuristic): <t, x> / m = <t, x / m>, so that t is the same for all classes."""
     kernels: bool = False
-    """Whether psi's gradient may come from `ncfm.kernels`."""
+    """Whether psi's gradient may come from `ncfm.backend.kernels`."""
 
 
 class Objective(ABC):

@@ -1,4 +1,5 @@
-"""psi's gradient, summed over classes and workers: the same number in whatever order.
+"""The frequencies of every step, and psi's gradient, which is the same number in whatever order it
+is summed over classes and workers.
 
 Gradients are added up with respect to psi's log-scales (M, D), class by class, and go through psi
 once. Each class's part is rounded to `GRADIENT_GRID` and summed in float64, which is exact.
@@ -7,16 +8,106 @@ once. Each class's part is rounded to `GRADIENT_GRID` and summed in float64, whi
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncfm.communication import Communicator
 from ncfm.discrepancy import CF, CFSums, cf_from_sums, smooth_sqrt, smooth_sqrt_slope
-from ncfm.frequencies import FrequencyConfig
+from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
 from ncfm.matching import Match, add_scale_gradients, sum_slopes, waves
+from ncfm.seeding import keyed_generator
+from ncfm.training_state import load_optimizer_state, optimizer_state
 
 GRADIENT_GRID = 2.0**-44
 """Each class's part of psi's gradient is rounded to multiples of this, far below Adam's epsilon of
 1e-8. In float64, sums of such numbers are exact up to 2^53 of it, 512."""
+
+
+class Frequencies:
+    """The frequencies of every step, from one sampler or one for each network of the pool, and
+    psi's optimiser.
+
+    Args:
+        dim: dimension of the features.
+        networks: those of the pool.
+        learns: whether what the images descend depends on frequencies, so that psi may ascend it.
+    """
+
+    def __init__(
+        self,
+        config: FrequencyConfig,
+        *,
+        dim: int,
+        networks: int,
+        seed: int,
+        learns: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.seed, self.device, self.dtype = config, seed, device, dtype
+        self.samplers = nn.ModuleList(
+            build_sampler(config, dim, keyed_generator(seed, "psi_init", member))
+            for member in range(networks if config.per_network else 1)
+        ).to(device, dtype)
+        self.sampler = self.samplers[0]  # that of the step's network
+        self.optimizer = (
+            torch.optim.Adam(
+                self.samplers.parameters(),
+                lr=config.lr,
+                maximize=True,
+                fused=device.type == "cpu" or None,  # on a GPU PyTorch's own choice
+            )
+            if isinstance(self.sampler, ScaleMixture) and learns
+            else None
+        )
+
+    @property
+    def ascents(self) -> int:
+        """Ascent steps of psi in each minmax update; 0 with a fixed sampler."""
+        return self.config.ascents if self.optimizer is not None else 0
+
+    @property
+    def learns_between_classes(self) -> bool:
+        """Whether psi ascends the discrepancy between real classes."""
+        return self.optimizer is not None and self.config.learns_between_classes
+
+    def choose(self, member: int) -> None:
+        """Use the sampler of a network of the pool."""
+        self.sampler = self.samplers[member % len(self.samplers)]
+
+    def draw(self, step: int, number: int) -> tuple[Tensor, Tensor | None]:
+        """Frequencies (K, D), one set for all classes, and psi's log-scales (M, D), with its graph;
+        `number` counts the draws of a step.
+        """
+        generator = keyed_generator(self.seed, "frequencies", step, number, device=self.device)
+        if isinstance(self.sampler, ScaleMixture):
+            t, log_scales = self.sampler.draw(generator)
+        else:
+            t, log_scales = self.sampler(generator).to(self.dtype), None
+        factor = self.config.curriculum(step)
+        return (t if factor == 1 else t * factor), log_scales
+
+    def ascend(self) -> None:
+        """psi's optimiser step along the gradient that was accumulated."""
+        assert self.optimizer is not None  # a fixed sampler does not ascend
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # the next step's may be another network's
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """psi's parameters and optimiser state, flat: `psi/...` and `psi_optimizer/...`."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.samplers.named_parameters():
+            state[f"psi/{name}"] = parameter.detach()
+            if self.optimizer is not None:
+                state |= optimizer_state(self.optimizer, parameter, f"psi_optimizer/{name}/")
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a state. Raises KeyError if a parameter is missing."""
+        for name, parameter in self.samplers.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(state[f"psi/{name}"])
+            if self.optimizer is not None:
+                load_optimizer_state(self.optimizer, parameter, state, f"psi_optimizer/{name}/")
 
 
 class PsiGradient:

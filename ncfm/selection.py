@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncfm.backend.kernels import native
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec, to_device, to_unit
-from ncfm.kernels import native
+from ncfm.seeding import keyed_generator
 
 CHUNK = 256  # images in one pass
 K_MEANS_ROUNDS = 20
@@ -64,20 +65,37 @@ def class_features(pool: ExtractorPool, images: Tensor, spec: ImageSpec) -> Tens
     return F.normalize(torch.cat(found), dim=-1)
 
 
-def choose_images(
-    how: Literal["confident", "spread"],
+def easy_images(
+    pool: ExtractorPool, images: Tensor, label: int, spec: ImageSpec, fraction: float
+) -> Tensor:
+    """The indices, in rising order, of the easy images of a class, `fraction` of them."""
+    losses = image_losses(pool, images, label, spec)
+    return easiest(losses, easy_count(len(images), fraction)).sort().values
+
+
+def first_images(
+    how: Literal["random", "confident", "spread"],
     pool: ExtractorPool,
     images: Tensor,
+    allowed: Tensor,
     label: int,
     spec: ImageSpec,
     *,
     count: int,
-    generator: torch.Generator,
+    seed: int,
 ) -> Tensor:
-    """The indices of `count` images of a class to start from, as `SyntheticConfig.choose` says."""
+    """The indices of the real images of a class, (N, C, H, W), that its synthetic images start
+    from: min(count, n) of the n `allowed` ones, as `SyntheticConfig.choose` says.
+    """
+    count = min(count, len(allowed))
+    if how == "random":
+        order = torch.randperm(len(allowed), generator=keyed_generator(seed, "init", 0, label))
+        return allowed[order[:count]].sort().values
+    candidates = images[allowed]
     if how == "confident":
-        return easiest(image_losses(pool, images, label, spec), count)
-    return spread(class_features(pool, images, spec), count, generator)
+        return allowed[easiest(image_losses(pool, candidates, label, spec), count)]
+    generator = keyed_generator(seed, "init_choice", label)
+    return allowed[spread(class_features(pool, candidates, spec), count, generator)]
 
 
 def easiest(losses: Tensor, count: int) -> Tensor:

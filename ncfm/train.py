@@ -1,6 +1,4 @@
-"""The supervised training loop: for the pool's networks, and for networks that judge a synthetic
-set.
-"""
+"""The supervised training loop: of the pool's networks, and of those that evaluate a set."""
 
 import itertools
 import math
@@ -13,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig, cutmix
+from ncfm.backend.kernels import kernel_logits
+from ncfm.backend.memory import keep_freed_memory
+from ncfm.backend.threads import Map, mapped
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
-from ncfm.kernels import kernel_logits
-from ncfm.memory import keep_freed_memory
 from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
-from ncfm.threads import mapped
 from ncfm.training_state import TrainingState, WeightAverages, load_state, pack_state
 
 PART_PIXELS = 2**15  # 32 images at 32 px; at width 128 no activation exceeds 16 MiB
@@ -62,6 +60,21 @@ class TrainConfig:
             raise ValueError(f"cutmix_prob must be within [0, 1], got {self.cutmix_prob}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be within (0, 1), got {self.ema}")
+
+
+def released_training(epochs: int) -> TrainConfig:
+    """The released code's training on a small set, in so many epochs (there 2000)."""
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=128,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.01,  # AdamW's own default, which the released code leaves as it is
+        cutmix_prob=0.5,
+        milestones=(0.2, 0.4, 0.6, 0.8),
+        gamma=0.5,
+        augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,79 +129,116 @@ def train(
     if len(data) == 0 or (tail is not None and len(tail) == 0):
         raise ValueError("there is no image to train on")
     keep_freed_memory()
-    model.to(device).train()
-    part_size = _part_size(model, spec, device)
-    optimizer, augment = _optimizer(model, config), Augment(config.augment)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    kernels = kernel_logits(model, training=True)
-    forward = kernels or model
-    averages = WeightAverages(parameters, config.ema)
+    run = _Training(model, spec, config, device, on_batch)
+    with mapped(threads) as each, global_generator(keyed_seed(seed, "train_layers"), device):
+        for epoch in range(run.restore(resume), config.epochs):
+            source = data if tail is None or epoch < config.epochs - tail_epochs else tail
+            relabel_views = relabel if source is data else None
+            done = run.epoch(epoch, source, seed, each, relabel_views)
+            if report is not None:
+                run.averages.swap()
+                report(done)
+                run.averages.swap()
+            if save is not None:
+                save(pack_state(epoch + 1, model, run.optimizer, run.averages, device))
+    run.averages.swap()
+    return model.eval()
 
-    def learn(images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor, Gradients]:
-        """Of a part of a batch of this size: the sum of the losses, how many are right, and what
-        the part adds to the gradients.
-        """
+
+class _Training:
+    """A model in training: its optimizer, averaged weights, and one epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ImageSpec,
+        config: TrainConfig,
+        device: torch.device | str,
+        on_batch: Callable[[float], None] | None,
+    ) -> None:
+        self.model, self.spec, self.config, self.device = model, spec, config, device
+        self.on_batch = on_batch
+        model.to(device).train()
+        self.part_size = _part_size(model, spec, device)
+        self.optimizer, self.augment = _optimizer(model, config), Augment(config.augment)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.kernels = kernel_logits(model, training=True)
+        self.forward = self.kernels or model
+        self.averages = WeightAverages(self.parameters, config.ema)
+
+    def restore(self, state: Mapping[str, Tensor] | None) -> int:
+        """Continue from a state; returns the number of epochs done."""
+        if state is None:
+            return 0
+        done = load_state(state, self.model, self.optimizer, self.averages, self.device)
+        if self.kernels is not None:
+            self.kernels.refresh()
+        return done
+
+    def epoch(
+        self,
+        epoch: int,
+        source: ImageSource,
+        seed: int,
+        each: Map,
+        relabel: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> EpochReport:
+        """Train on every image once. Raises FloatingPointError if the loss is not finite."""
+        lr, done = learning_rate(self.config, epoch), 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        draws = keyed_generator(seed, "train_draws", epoch)
+        order = keyed_generator(seed, "train_order", epoch)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        for images, labels in source.epoch(self.config.batch_size, order):
+            x, y = self._views(images, labels, draws)
+            if relabel is not None:
+                y = relabel(x, y)
+            self.optimizer.zero_grad()
+            parts, sizes = _parts(len(x), self.part_size), itertools.repeat(len(x))
+            for loss, right, gradients in each(
+                self._gradients, x.chunk(parts), y.chunk(parts), sizes
+            ):
+                loss_sum += loss
+                correct += right
+                _add(self.parameters, gradients)
+            self.optimizer.step()
+            if self.kernels is not None:
+                self.kernels.refresh()
+            self.averages.update()
+            done += len(x)
+            if self.on_batch is not None:
+                self.on_batch(epoch + done / len(source))
+        mean_loss = float(loss_sum) / len(source)
+        if mean_loss != mean_loss or mean_loss == float("inf"):
+            raise FloatingPointError(
+                f"training diverged: the loss of epoch {epoch} is {mean_loss} (lr {lr})"
+            )
+        return EpochReport(epoch, mean_loss, float(correct) / len(source))
+
+    def _views(
+        self, images: Tensor, labels: Tensor, draws: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A batch as the network sees it: normalised, augmented, mixed, labels (N, classes)."""
+        x = self.spec.normalize(to_unit(to_device(images, self.device)))
+        y = _one_hot(to_device(labels, self.device), self.spec.num_classes)
+        x = self.augment.apply(x, self.augment.draw([draws], len(x)), torch.arange(len(x)))
+        mix = self.config.cutmix_prob
+        if mix and float(torch.rand((), generator=draws)) < mix:
+            x, y = cutmix(x, y, draws)
+        return x, y
+
+    def _gradients(
+        self, images: Tensor, targets: Tensor, size: int
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """Loss sum, number correct and gradients of one micro-batch of a batch of `size`."""
         with torch.enable_grad():
-            logits = forward(images)
+            logits = self.forward(images)
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            gradients = torch.autograd.grad(loss / size, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss / size, self.parameters, allow_unused=True)
         right = (logits.detach().argmax(1) == targets.argmax(1)).sum()
         return loss.detach(), right, gradients
-
-    with mapped(threads) as each, global_generator(keyed_seed(seed, "train_layers"), device):
-        first = 0
-        if resume is not None:
-            first = load_state(resume, model, optimizer, averages, device)
-            if kernels is not None:
-                kernels.refresh()
-        for epoch in range(first, config.epochs):
-            lr, done = learning_rate(config, epoch), 0
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            draws = keyed_generator(seed, "train_draws", epoch)
-            loss_sum = torch.zeros((), device=device)
-            correct = torch.zeros((), device=device)
-            source = data if tail is None or epoch < config.epochs - tail_epochs else tail
-            for images, labels in source.epoch(
-                config.batch_size, keyed_generator(seed, "train_order", epoch)
-            ):
-                x = spec.normalize(to_unit(to_device(images, device)))
-                y = _one_hot(to_device(labels, device), spec.num_classes)
-                x = augment.apply(x, augment.draw([draws], len(x)), torch.arange(len(x)))
-                if (
-                    config.cutmix_prob
-                    and float(torch.rand((), generator=draws)) < config.cutmix_prob
-                ):
-                    x, y = cutmix(x, y, draws)
-                if relabel is not None and source is data:
-                    y = relabel(x, y)
-                optimizer.zero_grad()
-                parts = _parts(len(x), part_size)
-                sizes = itertools.repeat(len(x))
-                for loss, right, gradients in each(learn, x.chunk(parts), y.chunk(parts), sizes):
-                    loss_sum += loss
-                    correct += right
-                    _add(parameters, gradients)
-                optimizer.step()
-                if kernels is not None:
-                    kernels.refresh()
-                averages.update()
-                done += len(x)
-                if on_batch is not None:
-                    on_batch(epoch + done / len(source))
-            mean_loss = float(loss_sum) / len(source)
-            if mean_loss != mean_loss or mean_loss == float("inf"):
-                raise FloatingPointError(
-                    f"training diverged: the loss of epoch {epoch} is {mean_loss} (lr {lr})"
-                )
-            if report is not None:
-                averages.swap()
-                report(EpochReport(epoch, mean_loss, float(correct) / len(source)))
-                averages.swap()
-            if save is not None:
-                save(pack_state(epoch + 1, model, optimizer, averages, device))
-    averages.swap()
-    return model.eval()
 
 
 def _part_size(model: nn.Module, spec: ImageSpec, device: torch.device | str) -> int | None:

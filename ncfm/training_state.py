@@ -1,6 +1,4 @@
-"""What training carries from one epoch to the next: averaged weights, optimizer state, and all of
-it in one flat dictionary.
-"""
+"""Flat state dictionaries: of training after an epoch, and of an optimizer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -80,6 +78,28 @@ def load_state(
     else:
         torch.set_rng_state(state["generator"])
     return int(state["epoch"])
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, prefix: str
+) -> TrainingState:
+    """What an optimizer keeps of one parameter, by names that start with a prefix."""
+    values = optimizer.state[parameter].items()
+    return {f"{prefix}{name}": torch.as_tensor(v) for name, v in values if v is not None}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    state: Mapping[str, Tensor],
+    prefix: str,
+) -> None:
+    """Put what `optimizer_state` returned back, on the parameter's device."""
+    # The step counter stays on the CPU, where torch's optimisers keep it.
+    optimizer.state[parameter] = {
+        name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
+        for name, value in _below(state, prefix).items()
+    }
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> TrainingState:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ncfm.linalg import product
+from ncfm.backend.products import product
 
 Norm = Literal["instance", "batch", "group", "none"]
 

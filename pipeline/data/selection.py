@@ -14,7 +14,7 @@ from ncfm.distill import DistillConfig
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec
 from ncfm.seeding import keyed_generator
-from ncfm.selection import choose_images, easiest, easy_count, image_losses
+from ncfm.selection import easy_count, easy_images, first_images
 from ncfm.synthetic import SyntheticConfig, initial_images
 from pipeline.data.batches import ClassBatches
 
@@ -38,34 +38,29 @@ class Selection:
         if self.distill.easy_fraction == 1:
             return
         images = self.batches.images(class_index)
-        count = easy_count(len(images), self.distill.easy_fraction)
-        chosen = torch.zeros(count, dtype=torch.int64)
+        fraction = self.distill.easy_fraction
+        chosen = torch.zeros(easy_count(len(images), fraction), dtype=torch.int64)
         if self.communicator.member == 0:
-            losses = image_losses(self.pool, images, class_index, self.spec)
-            chosen = easiest(losses, count).sort().values
+            chosen = easy_images(self.pool, images, class_index, self.spec, fraction)
         self.batches.restrict(class_index, self._agreed(chosen))
 
     def initial_images(self, class_index: int) -> Tensor:
         """The first synthetic images of a class, (ipc, C, H, W)."""
-        needed = self.synthetic.real_images_needed(self.ipc)
-        if self.synthetic.choose == "random":
-            real = self.batches.batch(class_index, 0, needed, purpose="init")
-        else:
-            images = self.batches.images(class_index)
-            allowed = self.batches.allowed(class_index)
-            chosen = torch.zeros(min(needed, len(allowed)), dtype=torch.int64)
-            if self.communicator.member == 0:
-                places = choose_images(
-                    self.synthetic.choose,
-                    self.pool,
-                    images[allowed],
-                    class_index,
-                    self.spec,
-                    count=len(chosen),
-                    generator=keyed_generator(self.seed, "init_choice", class_index),
-                )
-                chosen = allowed[places]
-            real = images[self._agreed(chosen)]
+        images, allowed = self.batches.images(class_index), self.batches.allowed(class_index)
+        needed = min(self.synthetic.real_images_needed(self.ipc), len(allowed))
+        chosen = torch.zeros(needed, dtype=torch.int64)
+        if self.communicator.member == 0:
+            chosen = first_images(
+                self.synthetic.choose,
+                self.pool,
+                images,
+                allowed,
+                class_index,
+                self.spec,
+                count=needed,
+                seed=self.seed,
+            )
+        real = images[self._agreed(chosen).to(images.device)]
         noise = keyed_generator(self.seed, "init_noise", class_index)
         return initial_images(real, self.ipc, self.synthetic, noise)
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncfm.distill import Distiller, default_graph_images
+from ncfm.backend.features import default_graph_images
+from ncfm.distill import Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.train import train

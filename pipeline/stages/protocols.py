@@ -9,27 +9,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ncfm.augment import AugmentConfig
 from ncfm.curation import CurateConfig
-from ncfm.train import TrainConfig
+from ncfm.train import TrainConfig, released_training
 from pipeline.runtime.identity import dotted
 
 EvaluatedSet = Literal["distilled", "random", "random_same_factor", "herding", "whole"]
-
-
-def _released(epochs: int) -> TrainConfig:
-    """The released code's training on a small set, in so many epochs (there 2000)."""
-    return TrainConfig(
-        epochs=epochs,
-        batch_size=128,
-        optimizer="adamw",
-        lr=1e-3,
-        weight_decay=0.01,  # AdamW's own default, which the released code leaves as it is
-        cutmix_prob=0.5,
-        milestones=(0.2, 0.4, 0.6, 0.8),
-        gamma=0.5,
-        augment=AugmentConfig(strategy="flip_color_crop_scale_rotate", always="flip_color"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +36,7 @@ class EvaluateConfig:
     legacy_every: int = 0
     """Also test after every so many epochs and report the best, which is chosen on the test images,
     as legacy (released code: 100). 0: look at the test images once."""
-    training: TrainConfig = field(default_factory=lambda: _released(2000))
+    training: TrainConfig = field(default_factory=lambda: released_training(2000))
     """Training on a small set; the defaults are the released code's."""
     whole_epochs: int = 60
     """Epochs on the whole training set."""
@@ -84,14 +68,14 @@ PROTOCOLS: dict[str, Protocol] = {
             protocol="quick",
             repeats=2,
             sets=("distilled", "random", "random_same_factor", "whole"),
-            training=_released(200),
+            training=released_training(200),
             whole_epochs=10,
         )
     ),
     "cosine": Protocol(
         EvaluateConfig(
             protocol="cosine",
-            training=dataclasses.replace(_released(2000), schedule="cosine", ema=0.99),
+            training=dataclasses.replace(released_training(2000), schedule="cosine", ema=0.99),
         )
     ),
 }

@@ -34,8 +34,10 @@ from reference_loop import ReferenceLoop, plain
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-import ncfm.distill  # noqa: F401  # a module that the package's function of this name hides
+import ncfm.backend.features
+import ncfm.distill  # a module that the package's function of this name hides
 from ncfm.augment import Augment, AugmentConfig
+from ncfm.backend.features import FeatureExtractor
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
@@ -77,7 +79,7 @@ class Variant:
         size, classes = case["size"], case["classes"]
         self.case, self.device = case, device
         if reference:  # the plain loop leaves the allocator as it is
-            sys.modules["ncfm.distill"].keep_freed_memory = lambda: False
+            ncfm.backend.features.keep_freed_memory = lambda: False
         spec = ImageSpec(
             channels=3, image_size=size, mean=(0.5,) * 3, std=(0.25,) * 3,
             class_names=tuple(map(str, range(classes))),
@@ -285,8 +287,8 @@ def cell(row: dict[str, Any], name: str, form: str) -> str:
 
 
 PARTS: dict[str, tuple[Any, str]] = {
-    "extractor, real images": (Distiller, "_real_features"),
-    "extractor, synthetic images, forward": (Distiller, "_forward"),
+    "extractor, real images": (FeatureExtractor, "real"),
+    "extractor, synthetic images, forward": (FeatureExtractor, "synthetic"),
     "of these two, augmentation": (Augment, "apply"),
     "angles, cosines and sines": (Match, "__init__"),
     "the images' gradient w.r.t. features": (Match, "descent"),

@@ -132,10 +132,14 @@ class ReferenceLoop:
         self.optimizer = torch.optim.AdamW(
             self.images.values(), lr=cfg.lr, weight_decay=cfg.weight_decay
         )
-        self.psi = type(distiller.sampler)(distiller.frequencies, model.num_features)
-        self.psi.to(distiller.device).load_state_dict(distiller.sampler.state_dict())
+        self.psi = type(distiller.frequencies.sampler)(
+            distiller.frequencies.config, model.num_features
+        )
+        self.psi.to(distiller.device).load_state_dict(distiller.frequencies.sampler.state_dict())
         self.psi_optimizer = (
-            torch.optim.Adam(self.psi.parameters(), lr=distiller.frequencies.lr, maximize=True)
+            torch.optim.Adam(
+                self.psi.parameters(), lr=distiller.frequencies.config.lr, maximize=True
+            )
             if isinstance(self.psi, ScaleMixture)
             else None
         )

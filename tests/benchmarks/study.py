@@ -55,11 +55,11 @@ class Weighted(Distiller):
     def _frequencies(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = torch.stack(
             [
-                self._compared(
+                self.features.normalized(
                     torch.cat(
                         [
-                            self._features(self.spec.normalize(chunk.float() / 255))
-                            for chunk in images.split(self.chunk_size)
+                            self.features(self.spec.normalize(chunk.float() / 255))
+                            for chunk in images.split(self.features.chunk_size)
                         ]
                     )
                 )
@@ -275,10 +275,12 @@ class Bench:
             if (step + 1) % max(1, args.steps // 20) == 0:
                 for key, value in metrics.items():
                     trace.setdefault(key, []).append(float(value) / self.spec.num_classes)
-                if isinstance(distiller.sampler, ScaleMixture):
+                if isinstance(distiller.frequencies.sampler, ScaleMixture):
                     with torch.no_grad():
-                        noise = torch.randn(64, distiller.frequencies.noise_dim).to(self.device)
-                        scales = distiller.sampler.scales(noise)
+                        noise = torch.randn(64, distiller.frequencies.config.noise_dim).to(
+                            self.device
+                        )
+                        scales = distiller.frequencies.sampler.scales(noise)
                     trace["sigma"].append(float(scales.mean()))
                     trace["sigma_spread"].append(float(scales.log().std()))
         seconds = (time.process_time() - began) / max(1, args.steps - COMPILED)

@@ -123,10 +123,12 @@ def _scales(distiller: Distiller) -> dict[str, float]:
     """psi's scales: their geometric mean, and the standard deviation of their logarithms over the
     feature dimensions and over psi's components.
     """
-    if not isinstance(distiller.sampler, ScaleMixture):
+    if not isinstance(distiller.frequencies.sampler, ScaleMixture):
         return {}
-    noise = torch.randn(64, distiller.frequencies.noise_dim, generator=keyed_generator(0, "noise"))
-    log = distiller.sampler.log_scales(noise)
+    noise = torch.randn(
+        64, distiller.frequencies.config.noise_dim, generator=keyed_generator(0, "noise")
+    )
+    log = distiller.frequencies.sampler.log_scales(noise)
     return {
         "scale": float(log.mean().exp()),
         "spread_dimensions": float(log.mean(0).std()),

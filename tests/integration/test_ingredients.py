@@ -88,7 +88,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
         *("snapshot-000-0002.safetensors", "snapshot-001-0002.safetensors"),
     ]
     whole = loop(trained, tmp_path / "whole")
-    assert len(whole.distiller.samplers) == 2
+    assert len(whole.distiller.frequencies.samplers) == 2
     whole.run()
     rows = read_rows(UPath(tmp_path / "whole" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4, 6]

@@ -11,7 +11,6 @@ there is a GPU.
 
 import contextlib
 import json
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -209,7 +208,7 @@ def mixing_fails() -> bool:
 def findings() -> dict[str, Any]:
     gpu = FakeGPU()
     patches = (
-        mock.patch.object(sys.modules["ncfm.distill"], "keyed_generator", fake_generator),
+        mock.patch("ncfm.psi.keyed_generator", fake_generator),
         mock.patch("ncfm.train.global_generator", return_value=contextlib.nullcontext()),
         mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor),
         gpu,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfm.augment import AugmentConfig
-from ncfm.compilation import can_compile
+from ncfm.backend.compilation import can_compile
 from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
@@ -180,9 +180,11 @@ class TestKnownFaults:
         """Fault 1: in the released code psi's gradient is exactly zero."""
         frequencies = dataclasses.replace(FREQUENCIES, objective=objective, lr=1e-4)  # type: ignore[arg-type]
         distiller = make(frequencies=frequencies)
-        before = {n: p.detach().clone() for n, p in distiller.sampler.named_parameters()}
+        before = {
+            n: p.detach().clone() for n, p in distiller.frequencies.sampler.named_parameters()
+        }
         first = self.psi_objective(distiller)
-        for name, parameter in distiller.sampler.named_parameters():
+        for name, parameter in distiller.frequencies.sampler.named_parameters():
             assert not torch.equal(before[name], parameter)
         # the same step once more, of the same images, under the psi that moved
         distiller.step = 0
@@ -199,8 +201,8 @@ class TestKnownFaults:
         """Negative control of fault 1: descent and ascent summed into one gradient leave psi."""
         distiller = make(frequencies=dataclasses.replace(FREQUENCIES, lr=1e-4))
         x, y = torch.rand(6, 32), torch.rand(4, 32)
-        parameters = list(distiller.sampler.parameters())
-        t = distiller.sampler(torch.Generator().manual_seed(0))
+        parameters = list(distiller.frequencies.sampler.parameters())
+        t = distiller.frequencies.sampler(torch.Generator().manual_seed(0))
         loss = ncfd(empirical_cf(x, t), empirical_cf(y, t))
         both = [torch.autograd.grad(sign * loss, parameters, retain_graph=True) for sign in (1, -1)]
         for up, down in zip(*both, strict=True):
@@ -237,7 +239,7 @@ class TestKnownFaults:
         """
         one = make(frequencies=dataclasses.replace(FREQUENCIES, lr=1e-1))
         other = make(frequencies=dataclasses.replace(FREQUENCIES, lr=1e-9))
-        start = {n: p.detach().clone() for n, p in other.samplers.named_parameters()}
+        start = {n: p.detach().clone() for n, p in other.frequencies.samplers.named_parameters()}
         states = [run(distiller, 1) for distiller in (one, other)]
         for c in range(5):
             images = [state[f"class/{c}/images"] for state in states]
@@ -254,7 +256,7 @@ class TestKnownFaults:
         start = distiller.state_dict()
         member, _ = distiller.pool.draw(keyed_generator(7, "extractor", 0))
         state = run(distiller, 1)
-        for name, _ in distiller.samplers.named_parameters():
+        for name, _ in distiller.frequencies.samplers.named_parameters():
             moved = not torch.equal(state[f"psi/{name}"], start[f"psi/{name}"])
             assert moved == name.startswith(f"{member}.")
             assert (f"psi_optimizer/{name}/step" in state) == moved
@@ -435,7 +437,7 @@ class TestObjectives:
         """DM: the mean features approach those of the real images; there is nothing to sample."""
         config = dataclasses.replace(EVERYTHING, objective="mmd", calibration=0.0)
         distiller = make(config=config)
-        assert distiller.psi_optimizer is None
+        assert distiller.frequencies.optimizer is None
         values = []
         for _ in range(60):
             metrics = distiller.update({c: real_batch(c, 0) for c in range(5)})

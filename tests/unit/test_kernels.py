@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncfm import kernels
 from ncfm.augment import AugmentConfig
+from ncfm.backend import kernels
+from ncfm.backend.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
 from ncfm.communication import Alone
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec
-from ncfm.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
 from ncfm.matching import Match
 from ncfm.models import Classifier, ModelConfig, build_model
 
@@ -315,8 +315,8 @@ def distill(sampler: Any = "gaussian", **config: Any) -> Distiller:
 def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
     frozen(network())
     plain, quick = (distill(sampler, compile=way) for way in (False, None))
-    assert not isinstance(plain._body, NativeConvNet)
-    assert isinstance(quick._body, NativeConvNet)
+    assert not isinstance(plain.features.body, NativeConvNet)
+    assert isinstance(quick.features.body, NativeConvNet)
     moved = [
         torch.stack([p.detach() - REAL[c][:2] for c, p in d.images.items()]) for d in (plain, quick)
     ]
@@ -325,4 +325,4 @@ def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
 
 
 def test_other_precisions_have_none() -> None:
-    assert not isinstance(distill(precision="float64")._body, NativeConvNet)
+    assert not isinstance(distill(precision="float64").features.body, NativeConvNet)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import ncfm.matching
+from ncfm.backend.products import product
 from ncfm.communication import Alone
 from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
-from ncfm.linalg import product
 from ncfm.matching import GROUP_SAMPLES, Match
 from ncfm.objectives import OBJECTIVES, Comparison
 

@@ -8,10 +8,10 @@ import torch
 from test_distill import EVERYTHING, FREQUENCIES, make, real_batch
 from torch import Tensor
 
+from ncfm.backend.kernels import library
 from ncfm.communication import Alone
 from ncfm.discrepancy import CF, empirical_cf
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
-from ncfm.kernels import library
 from ncfm.psi import (
     GRADIENT_GRID,
     HeldOut,

@@ -86,7 +86,7 @@ def gradients(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> lis
 
 def both_gradients(distiller: Distiller, reference: ReferenceLoop) -> tuple[Tensor, Tensor]:
     """Of the images of all classes."""
-    ours = gradients(distiller.optimizer, list(distiller.images.values()))
+    ours = gradients(distiller.optimizer.optimizer, list(distiller.images.values()))
     theirs = gradients(reference.optimizer, list(reference.images.values()))
     return torch.stack(ours), torch.stack(theirs)
 
@@ -125,17 +125,21 @@ def test_psi(tmp_path: Path, chunk_size: int, device: str) -> None:
         assert float(ours["calibration"]) == precise
         for name in ("psi_objective", "ncfd"):
             assert float(ours[name]) == pytest.approx(theirs[name], abs=ROUNDED_OFF, rel=1e-6)
-        assert distiller.psi_optimizer is not None
+        assert distiller.frequencies.optimizer is not None
         assert reference.psi_optimizer is not None
         if not step:
-            mine = gradients(distiller.psi_optimizer, list(distiller.sampler.parameters()))
+            mine = gradients(
+                distiller.frequencies.optimizer, list(distiller.frequencies.sampler.parameters())
+            )
             others = gradients(reference.psi_optimizer, list(reference.psi.parameters()))
             assert max(float(g.abs().max()) for g in mine) > 1e-6
             for one, other in zip(mine, others, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-12)
         for c, image in distiller.images.items():
             torch.testing.assert_close(image, reference.images[c], rtol=0, atol=1e-5)
-        scales = zip(distiller.sampler.parameters(), reference.psi.parameters(), strict=True)
+        scales = zip(
+            distiller.frequencies.sampler.parameters(), reference.psi.parameters(), strict=True
+        )
         for one, other in scales:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
