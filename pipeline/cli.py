@@ -64,7 +64,7 @@ def parse_command(argv: Sequence[str]) -> Command:
     options = list(argv)
     if options and not options[0].startswith("-"):
         stages = (options.pop(0),)
-        if stages[0] not in STAGES + EXTRA_STAGES:
+        if stages[0] not in STAGES + EXTRA_STAGES and "." not in stages[0]:
             known = ", ".join(STAGES + EXTRA_STAGES)
             raise UsageError(f"no stage {stages[0]!r}; the stages are {known}, and compare")
         if stages[0] == "export":

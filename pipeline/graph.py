@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from upath import UPath
 
+from ncfm.registry import lookup
 from pipeline.data.sources import Source, open_source
 from pipeline.errors import UsageError
 from pipeline.observe.tracking import check_tracking
@@ -198,7 +199,15 @@ class Run:
 
 
 def action_class(name: str) -> type[Action]:
-    """The class of the stage, or what else has that name on the command line."""
+    """The class of the stage, or what else has that name on the command line; a name with a dot in
+    it is that of a class of the user's own. Raises UsageError if there is none.
+    """
+    if "." in name:
+        try:
+            own: type[Action] = lookup("the stage", name, {})
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return own
     module = import_module(f"pipeline.stages.{name.replace('-', '_')}")
     found: type[Action] = getattr(module, name.title().replace("-", ""))
     return found

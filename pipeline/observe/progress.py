@@ -29,7 +29,7 @@ class Progress:
         """Seconds since the start, more than none."""
         return max(time.monotonic() - self.started, 1e-9)
 
-    def update(self, done: int, **values: float) -> None:
+    def update(self, done: float, **values: float) -> None:
         """Tell how far the stage is; the values are printed behind it."""
         now = time.monotonic()
         if now - self.printed < self.interval and done < self.total:

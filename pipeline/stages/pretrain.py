@@ -34,6 +34,8 @@ from pipeline.stages.shard import Shard
 
 State = dict[str, Tensor]
 
+PROGRESS_S = 30.0  # between two lines about a network: many are trained at once
+
 PRETRAIN_VERSION = 2
 """To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
@@ -177,6 +179,8 @@ def train_member(
     done = 0 if state is None else int(state["epoch"])
     rows = [row for row in read_rows(metrics) if row["epoch"] < done]
     saved_at = time.monotonic()
+    epochs, name = job.config.training.epochs, f"pretrain network {member}"
+    progress = Progress(name, epochs, unit="epochs", done=done, interval=PROGRESS_S)
 
     def report(epoch: EpochReport) -> None:
         row = {"stage": "pretrain", "network": member, "epoch": epoch.epoch, "time": time.time()}
@@ -208,6 +212,7 @@ def train_member(
         save=save_checkpoint,
         resume=state,
         threads=threads,
+        on_batch=lambda epochs_done: progress.update(round(epochs_done, 2)),
     )
     tested = accuracy(model, images["val"], spec, device=device, threads=threads)
     rows[-1]["pretrain/val_accuracy"] = tested

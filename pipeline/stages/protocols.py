@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ncfm.curation import CurateConfig
+from ncfm.registry import lookup
 from ncfm.train import TrainConfig, released_training
 from pipeline.runtime.identity import dotted
 
@@ -83,11 +84,10 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def protocol_settings(name: str) -> dict[str, Any]:
     """What a protocol sets: dotted option -> value. Raises ValueError if there is no such."""
-    if name not in PROTOCOLS:
-        raise ValueError(f"evaluate.protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
-    found = _options(PROTOCOLS[name].evaluate, PROTOCOLS[name].curate)
+    protocol: Protocol = lookup("evaluate.protocol", name, PROTOCOLS)
+    found = _options(protocol.evaluate, protocol.curate)
     del found["evaluate.networks"]
-    return found
+    return {**found, "evaluate.protocol": name}
 
 
 def protocol_changes(evaluate: EvaluateConfig, curate: CurateConfig) -> list[str]:

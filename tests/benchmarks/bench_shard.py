@@ -28,7 +28,7 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.data.shards import ShardConfig
-from pipeline.data.sources import FolderSource
+from pipeline.data.sources.folder import FolderSource
 from pipeline.stages.shard import shard
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.data.shards import encode, square, write_shard
-from pipeline.data.sources import SPLITS, FolderSource, Sample, Split
+from pipeline.data.sources import SPLITS, Sample, Split
+from pipeline.data.sources.folder import FolderSource
 from pipeline.data.store import Store
 from pipeline.errors import SourceError
 from pipeline.runtime.files import Manifest

@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 from fsspec import register_implementation
 from PIL import Image
-from pipeline.errors import SourceError
 from upath import UPath
 
 from pipeline.data.image_files import list_images, read_image
-from pipeline.data.sources import (
-    PHOTOGRAPHS,
-    SPLITS,
-    BuiltinSource,
-    FolderSource,
-    SourceConfig,
-    held_out,
-    open_source,
-)
+from pipeline.data.sources import SPLITS, SourceConfig, held_out, open_source
+from pipeline.data.sources.builtin import PHOTOGRAPHS, BuiltinSource
+from pipeline.data.sources.folder import FolderSource
+from pipeline.errors import SourceError
 
 
 def write(path: Path, image: Image.Image | None = None, **options: object) -> Path:

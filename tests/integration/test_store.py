@@ -25,7 +25,7 @@ from pipeline.config import RunConfig
 from pipeline.data import local, store
 from pipeline.data.local import in_use, store_root
 from pipeline.data.shards import ShardConfig
-from pipeline.data.sources import FolderSource
+from pipeline.data.sources.folder import FolderSource
 from pipeline.data.store import ClassFile, Store
 from pipeline.errors import ShardError, StorageError
 from pipeline.runtime.config import RuntimeConfig
