@@ -19,8 +19,8 @@ from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_generator
 from ncfm.synthetic import SyntheticSet
 from pipeline.data.batches import ClassBatches
+from pipeline.data.pool import load_member, new_network
 from pipeline.data.store import Store
-from pipeline.stages.pretrain import load_member, new_network
 
 if TYPE_CHECKING:
     from pipeline.stages.audit import AuditConfig

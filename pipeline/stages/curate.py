@@ -11,13 +11,14 @@ from ncfm.curation import CurateConfig
 from ncfm.curation import curate as add_soft_labels
 from ncfm.images import ImageSpec
 from ncfm.models import Classifier, ModelConfig
+from pipeline.data.pool import load_member, new_network
 from pipeline.graph import Stage
 from pipeline.runtime.directories import replaced
 from pipeline.runtime.files import Manifest
 from pipeline.runtime.identity import fingerprint, peak_rss_bytes
 from pipeline.runtime.workers import Workers
 from pipeline.stages.distill import Distill, set_content
-from pipeline.stages.pretrain import Pretrain, load_member, new_network
+from pipeline.stages.pretrain import Pretrain
 
 CURATE_VERSION = 1
 """To be raised when this stage's results change; see tests/integration/test_golden.py."""

@@ -22,6 +22,7 @@ from ncfm.models import ModelConfig
 from ncfm.selection import easy_count
 from ncfm.synthetic import SyntheticConfig
 from pipeline.data.batches import ClassBatches, warn_of_small_classes
+from pipeline.data.pool import load_trajectory, new_network
 from pipeline.data.selection import Selection
 from pipeline.data.store import Store
 from pipeline.observe.progress import Progress, append_rows, read_rows
@@ -34,7 +35,6 @@ from pipeline.runtime.config import RuntimeConfig
 from pipeline.runtime.health import fatal_error, record_fatal, stragglers
 from pipeline.runtime.identity import peak_rss_bytes
 from pipeline.runtime.workers import current_context
-from pipeline.stages.pretrain import load_trajectory, new_network
 
 logger = logging.getLogger(__name__)
 

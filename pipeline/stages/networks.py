@@ -26,6 +26,7 @@ from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
 from pipeline.data.batches import ClassBatches, StoredImages
+from pipeline.data.pool import load_member, new_network
 from pipeline.data.store import Store
 from pipeline.observe.progress import Progress
 from pipeline.runtime.files import read_json, write_atomic
@@ -33,7 +34,6 @@ from pipeline.runtime.identity import fingerprint, peak_rss_bytes
 from pipeline.runtime.tasks import run_each
 from pipeline.runtime.workers import Workers
 from pipeline.stages.curate import pool_networks
-from pipeline.stages.pretrain import load_member, new_network
 
 SetName = Literal[
     "distilled",

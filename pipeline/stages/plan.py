@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.data.pool import new_network
 from pipeline.data.shards import TAR_OVERHEAD, encode, square
 from pipeline.data.sources import SPLITS, Source
 from pipeline.errors import StageError, UsageError
@@ -18,7 +19,6 @@ from pipeline.graph import Action, log
 from pipeline.observe.reporting.tables import duration, memory
 from pipeline.runtime.assignment import ClassCost, assign, most_workers
 from pipeline.runtime.collectives import predicted_bytes
-from pipeline.stages.pretrain import new_network
 from pipeline.stages.probe import Answer, Request, image_spec, run_probes
 
 if TYPE_CHECKING:

@@ -6,23 +6,31 @@ them with the epoch after its last checkpoint.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 from upath import UPath
 
 from ncfm.augment import AugmentConfig
 from ncfm.evaluate import accuracy
 from ncfm.images import ImageSource, ImageSpec
-from ncfm.models import ModelConfig, build_model
+from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.train import EpochReport, TrainConfig, train
 from pipeline.data.batches import StoredImages
+from pipeline.data.pool import (
+    State,
+    contiguous,
+    member_path,
+    metrics_path,
+    new_network,
+    pack_member,
+    snapshot_path,
+)
 from pipeline.data.store import Store
 from pipeline.graph import Run, Stage
 from pipeline.observe.progress import Progress, append_rows, read_rows
@@ -31,8 +39,6 @@ from pipeline.runtime.identity import fingerprint, peak_rss_bytes
 from pipeline.runtime.tasks import MOST_THREADS, run_each
 from pipeline.runtime.workers import Workers
 from pipeline.stages.shard import Shard
-
-State = dict[str, Tensor]
 
 PROGRESS_S = 30.0  # between two lines about a network: many are trained at once
 
@@ -172,55 +178,30 @@ def train_member(
     """
     model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    kept_epochs = job.config.snapshot_epochs[1:-1]  # the others are in the member's own file
-    metrics = metrics_path(job.directory, member)
-    checkpoint = job.directory / f"training-{member:03d}.safetensors"
-    state = load(checkpoint.read_bytes()) if checkpoint.exists() else None
-    done = 0 if state is None else int(state["epoch"])
-    rows = [row for row in read_rows(metrics) if row["epoch"] < done]
-    saved_at = time.monotonic()
-    epochs, name = job.config.training.epochs, f"pretrain network {member}"
-    progress = Progress(name, epochs, unit="epochs", done=done, interval=PROGRESS_S)
+    record = _Record(job, member, model)
 
     def report(epoch: EpochReport) -> None:
-        row = {"stage": "pretrain", "network": member, "epoch": epoch.epoch, "time": time.time()}
-        row |= {"pretrain/loss": epoch.loss, "pretrain/accuracy": epoch.accuracy}
-        rows.append(row)
-        if epoch.epoch + 1 in kept_epochs:
-            path = snapshot_path(job.directory, member, epoch.epoch + 1)
-            write_atomic(path, save(_contiguous(model.state_dict())))
+        record.add(epoch)
         if on_epoch is not None:
             on_epoch(epoch)
 
-    def save_checkpoint(state: State) -> None:
-        nonlocal saved_at
-        if time.monotonic() - saved_at < job.checkpoint_every_s:
-            return
-        append_rows(metrics, rows, fresh=True)
-        write_atomic(checkpoint, save(_contiguous(state)))
-        saved_at = time.monotonic()
-
-    seed = keyed_seed(job.seed, "pool_training", member)
     train(
         model,
         images["train"],
         spec,
         job.config.training,
-        seed=seed,
+        seed=keyed_seed(job.seed, "pool_training", member),
         device=device,
         report=report,
-        save=save_checkpoint,
-        resume=state,
+        save=record.save,
+        resume=record.state,
         threads=threads,
-        on_batch=lambda epochs_done: progress.update(round(epochs_done, 2)),
+        on_batch=record.tell,
     )
     tested = accuracy(model, images["val"], spec, device=device, threads=threads)
-    rows[-1]["pretrain/val_accuracy"] = tested
-    rows[-1]["peak_rss_bytes"] = peak_rss_bytes()
-    append_rows(metrics, rows, fresh=True)
-    write_atomic(member_path(job.directory, member), pack_member(initial, model.cpu().state_dict()))
-    checkpoint.unlink(missing_ok=True)
-    return _result(rows[-1])
+    last = {"pretrain/val_accuracy": tested, "peak_rss_bytes": peak_rss_bytes()}
+    record.end(last, pack_member(initial, model.cpu().state_dict()))
+    return _result(last)
 
 
 def _result(last: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,59 +211,44 @@ def _result(last: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
-    """A network of this architecture for these images, its initial weights from the seed."""
-    return build_model(
-        model,
-        num_classes=spec.num_classes,
-        channels=spec.channels,
-        image_size=spec.image_size,
-        seed=seed,
-    )
+class _Record:
+    """What is kept of a member's training: rows of metrics, snapshots, and its last checkpoint."""
 
+    def __init__(self, job: PretrainJob, member: int, model: Any) -> None:
+        self.job, self.member, self.model = job, member, model
+        self.metrics = metrics_path(job.directory, member)
+        self.checkpoint = job.directory / f"training-{member:03d}.safetensors"
+        self.state = load(self.checkpoint.read_bytes()) if self.checkpoint.exists() else None
+        done = 0 if self.state is None else int(self.state["epoch"])
+        self.rows = [row for row in read_rows(self.metrics) if row["epoch"] < done]
+        self.saved_at = time.monotonic()
+        name, epochs = f"pretrain network {member}", job.config.training.epochs
+        self.progress = Progress(name, epochs, unit="epochs", done=done, interval=PROGRESS_S)
 
-def metrics_path(directory: UPath, member: int) -> UPath:
-    """The rows of the training of one network of the pool, an epoch each."""
-    return directory / f"metrics-{member:03d}.jsonl"
+    def tell(self, epochs: float) -> None:
+        """Print how far it is, now and then."""
+        self.progress.update(round(epochs, 2))
 
+    def add(self, epoch: EpochReport) -> None:
+        """Keep a row of this epoch, and the weights after it if they are a snapshot."""
+        row = {"stage": "pretrain", "network": self.member, "epoch": epoch.epoch}
+        row |= {"time": time.time(), "pretrain/loss": epoch.loss}
+        self.rows.append({**row, "pretrain/accuracy": epoch.accuracy})
+        # The first and the last ones are in the member's own file.
+        if epoch.epoch + 1 in self.job.config.snapshot_epochs[1:-1]:
+            path = snapshot_path(self.job.directory, self.member, epoch.epoch + 1)
+            write_atomic(path, save(contiguous(self.model.state_dict())))
 
-def member_path(directory: UPath, member: int) -> UPath:
-    """The file of one network of the pool."""
-    return directory / f"network-{member:03d}.safetensors"
+    def save(self, state: State) -> None:
+        """Write a checkpoint if the last one is old enough."""
+        if time.monotonic() - self.saved_at >= self.job.checkpoint_every_s:
+            append_rows(self.metrics, self.rows, fresh=True)
+            write_atomic(self.checkpoint, save(contiguous(state)))
+            self.saved_at = time.monotonic()
 
-
-def snapshot_path(directory: UPath, member: int, epoch: int) -> UPath:
-    """The file of a network's weights after so many epochs, neither its first nor its last."""
-    return directory / f"snapshot-{member:03d}-{epoch:04d}.safetensors"
-
-
-def _contiguous(state: Mapping[str, Tensor]) -> State:
-    return {name: value.contiguous() for name, value in state.items()}
-
-
-def pack_member(initial: State, trained: State) -> bytes:
-    """Both states of a network as one safetensors file."""
-    return save(
-        {
-            f"{kind}/{name}": value.contiguous()
-            for kind, state in (("initial", initial), ("trained", trained))
-            for name, value in state.items()
-        }
-    )
-
-
-def load_member(directory: UPath, member: int) -> tuple[State, State]:
-    """The (initial, trained) states of one network of the pool."""
-    tensors = load(member_path(directory, member).read_bytes())
-    initial, trained = (
-        {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
-        for kind in ("initial", "trained")
-    )
-    return initial, trained
-
-
-def load_trajectory(directory: UPath, member: int, epochs: Sequence[int]) -> list[State]:
-    """The states of one network of the pool after these epochs, from 0 to the last."""
-    initial, trained = load_member(directory, member)
-    between = (snapshot_path(directory, member, epoch).read_bytes() for epoch in epochs[1:-1])
-    return [initial, *map(load, between), trained]
+    def end(self, last: Mapping[str, Any], member: bytes) -> None:
+        """Write the member, with what its last row says beside; then no checkpoint is needed."""
+        self.rows[-1] |= last
+        append_rows(self.metrics, self.rows, fresh=True)
+        write_atomic(member_path(self.job.directory, self.member), member)
+        self.checkpoint.unlink(missing_ok=True)

@@ -20,11 +20,11 @@ from ncfm.distill import Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.train import train
+from pipeline.data.pool import new_network
 from pipeline.errors import StageError
 from pipeline.runtime.assignment import FEWEST_IMAGES, ClassCost
 from pipeline.runtime.failures import one_line
 from pipeline.runtime.identity import peak_rss_bytes
-from pipeline.stages.pretrain import new_network
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

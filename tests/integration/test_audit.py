@@ -14,12 +14,12 @@ from upath import UPath
 
 import ncfm
 from ncfm.models import ModelConfig
+from pipeline.data.pool import member_path, new_network, pack_member
 from pipeline.data.store import Store
 from pipeline.runtime.workers import Workers
 from pipeline.stages.audit import AUDIT_VERSION, AuditConfig, audit, summarise
 from pipeline.stages.audit_pass import ShardPass, real_side
 from pipeline.stages.audit_sets import AuditJob, Extractors, measure_sets, unpack
-from pipeline.stages.pretrain import member_path, new_network, pack_member
 
 AUDIT = AuditConfig(num_freqs=128, feature_dim=32, samples=200, draws=2)
 

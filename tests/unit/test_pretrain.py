@@ -12,15 +12,9 @@ from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.train import EpochReport, TrainConfig, train
+from pipeline.data.pool import load_trajectory, member_path, new_network
 from pipeline.observe.progress import read_rows
-from pipeline.stages.pretrain import (
-    PretrainConfig,
-    PretrainJob,
-    load_trajectory,
-    member_path,
-    new_network,
-    train_member,
-)
+from pipeline.stages.pretrain import PretrainConfig, PretrainJob, train_member
 
 SPEC = ImageSpec(
     channels=3, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=("a", "b", "c")
