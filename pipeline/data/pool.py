@@ -1,4 +1,4 @@
-"""The files of a pool of networks: one a member, beside its snapshots and the rows of its training."""
+"""The files of a pool of networks: one a member, with its snapshots and rows of metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +40,7 @@ def snapshot_path(directory: UPath, member: int, epoch: int) -> UPath:
 
 
 def contiguous(state: Mapping[str, Tensor]) -> State:
+    """The tensors as safetensors takes them."""
     return {name: value.contiguous() for name, value in state.items()}
 
 
