@@ -122,7 +122,7 @@ struct Maps {
 };
 
 // The transform of inputs, of one row or column of six.
-inline void spread(const Vector* x, Vector* y, int step) {
+inline void input_transform(const Vector* x, Vector* y, int step) {
     const Vector a = x[4 * step] - 4 * x[2 * step], b = x[3 * step] - 4 * x[step];
     const Vector c = x[4 * step] - x[2 * step], d = 2 * (x[3 * step] - x[step]);
     y[0] = 4 * x[0] - 5 * x[2 * step] + x[4 * step];
@@ -134,7 +134,7 @@ inline void spread(const Vector* x, Vector* y, int step) {
 }
 
 // The transform of outputs, of six products to four.
-inline void gather(const Vector* x, Vector* y, int step) {
+inline void output_transform(const Vector* x, Vector* y, int step) {
     const Vector a = x[step] + x[2 * step], b = x[step] - x[2 * step];
     const Vector c = x[3 * step] + x[4 * step], d = x[3 * step] - x[4 * step];
     y[0] = x[0] + a + c;
@@ -143,8 +143,8 @@ inline void gather(const Vector* x, Vector* y, int step) {
     y[3 * step] = b + 8 * d + x[5 * step];
 }
 
-// The transpose of `gather`, of the gradients of four outputs to those of six products.
-inline void gather_back(const Vector* x, Vector* y, int step) {
+// The transpose of `output_transform`, of the gradients of four outputs to those of six products.
+inline void output_transform_transposed(const Vector* x, Vector* y, int step) {
     const Vector even = x[0] + x[2 * step], odd = x[step] + x[3 * step];
     const Vector far_even = x[0] + 4 * x[2 * step], far_odd = 2 * x[step] + 8 * x[3 * step];
     y[0] = x[0];
@@ -156,7 +156,7 @@ inline void gather_back(const Vector* x, Vector* y, int step) {
 }
 
 // The transform of a kernel, of three weights to six.
-inline void of_kernel(const Vector* x, Vector* y, int from, int to) {
+inline void kernel_transform(const Vector* x, Vector* y, int from, int to) {
     const Vector a = x[0] + x[2 * from], b = x[0] + 4 * x[2 * from], c = 2 * x[from];
     y[0] = x[0] / 4;
     y[to] = (a + x[from]) / -6;
@@ -167,7 +167,7 @@ inline void of_kernel(const Vector* x, Vector* y, int from, int to) {
 }
 
 // Its transpose, of six gradients to three.
-inline void of_kernel_back(const Vector* x, Vector* y, int from, int to) {
+inline void kernel_transform_transposed(const Vector* x, Vector* y, int from, int to) {
     const Vector a = (x[from] + x[2 * from]) / 6, b = (x[3 * from] + x[4 * from]) / 24;
     y[0] = x[0] / 4 - a + b;
     y[to] = (x[2 * from] - x[from]) / 6 + (x[3 * from] - x[4 * from]) / 12;
@@ -203,8 +203,8 @@ void transform_inputs(const float* x, const Tiles& tiles, Index first, Index cou
                     v[6 * i + j] =
                         inside ? load(from + (row * in.width + column) * PANEL) : Vector{};
                 }
-            for (int j = 0; j < 6; j++) spread(v + j, w + j, 6);
-            for (int i = 0; i < 6; i++) spread(w + 6 * i, v + 6 * i, 1);
+            for (int j = 0; j < 6; j++) input_transform(v + j, w + j, 6);
+            for (int i = 0; i < 6; i++) input_transform(w + 6 * i, v + 6 * i, 1);
             for (Index p = 0; p < 36; p++) store(inputs + (p * count + t) * in.channels + c, v[p]);
         }
     }
@@ -227,8 +227,8 @@ void transform_gradients(const float* y, const Tiles& tiles, Index first, Index 
                     v[6 * i + j] =
                         inside ? load(from + ((top + i) * out.width + left + j) * PANEL) : Vector{};
                 }
-            for (int j = 0; j < 4; j++) gather_back(v + j, w + j, 6);
-            for (int i = 0; i < 6; i++) gather_back(w + 6 * i, v + 6 * i, 1);
+            for (int j = 0; j < 4; j++) output_transform_transposed(v + j, w + j, 6);
+            for (int i = 0; i < 6; i++) output_transform_transposed(w + 6 * i, v + 6 * i, 1);
             float* to = products + (c / PANEL * count + t) * PANEL + c % PANEL;
             for (Index p = 0; p < 36; p++) store(to + p * count * out.channels, v[p]);
         }
@@ -260,8 +260,8 @@ void winograd(const float* x, const Maps& in, const float* kernels, float* y, In
                 float* to = y + image * out.image() + c / PANEL * out.panel() + c % PANEL;
                 Vector v[36], w[36];
                 for (Index p = 0; p < 36; p++) v[p] = load(from + p * count * outputs);
-                for (int j = 0; j < 6; j++) gather(v + j, w + j, 6);
-                for (int i = 0; i < 4; i++) gather(w + 6 * i, v + 6 * i, 1);
+                for (int j = 0; j < 6; j++) output_transform(v + j, w + j, 6);
+                for (int i = 0; i < 4; i++) output_transform(w + 6 * i, v + 6 * i, 1);
                 for (Index i = 0; i < rows; i++)
                     for (Index j = 0; j < columns; j++)
                         store(to + ((top + i) * in.width + left + j) * PANEL, v[6 * i + j]);
@@ -326,9 +326,9 @@ void convolve_weights(const float* frame, const Frame& f, const float* maps, flo
                 maps, PANEL, sums + k * apart, 0, true);
 }
 
-// The way back: every pixel's share of the maps' slopes, (columns / 16, height, width, 16), of
+// Backward: every pixel's share of the maps' gradients, (columns / 16, height, width, 16), of
 // which the first 9 channels count, added to the pixels that the maps' pixel comes from.
-void put_back(const float* shares, const Frame& f, float* frame) {
+void col2im(const float* shares, const Frame& f, float* frame) {
     const Index panel = f.height * f.width * PANEL;
     std::fill_n(frame, f.size(), 0.0f);
     for (Index i = 0; i < f.height; i++)
@@ -425,12 +425,12 @@ void activate_back(const float* pooled, const float* maps, const float* statisti
             store(of_scale + c, load(of_scale + c) + of_product * pixels);
             store(of_shift + c, load(of_shift + c) + of_sum * pixels);
         }
-        const Vector slope = rate * of_product;
+        const Vector variance_term = rate * of_product;
         for (Index i = 0; i < height; i++)
             for (Index j = 0; j < width; j++) {
                 const Vector x = centred(i, j);
                 store(gradients + (i * width + j) * PANEL + c,
-                      factor * (gradient(i, j, x) - of_sum - x * slope));
+                      factor * (gradient(i, j, x) - of_sum - x * variance_term));
             }
     }
 }
@@ -449,7 +449,7 @@ extern "C" {
 struct Block {
     Index of_images, padding;  // whether it is one of images, and how they are padded
     Index channels, outputs, height, width;  // height and width of the maps
-    const float *kernels, *turned;           // for the two ways
+    const float *kernels, *flipped;           // for the two ways
     const float *scale, *shift;              // of the norm, (outputs)
     float epsilon;
 };
@@ -499,7 +499,7 @@ void block_forward(const Block* block, Index images, const float* x, float* pool
     }
 }
 
-// Slopes of what was pooled -> those of x.
+// Gradients with respect to the pooled maps -> those with respect to x.
 void block_backward(const Block* block, Index images, const float* pooled, const float* maps,
                     const float* statistics, float* x, Index threads) {
     const Block& b = *block;
@@ -512,7 +512,7 @@ void block_backward(const Block* block, Index images, const float* pooled, const
 #pragma omp parallel num_threads(threads)
     {
         const Array space(b.of_images ? frame.size() : winograd_space(b.outputs, b.channels));
-        const Array slopes(b.of_images ? out.panel() : count * out.image());
+        const Array gradients(b.of_images ? out.panel() : count * out.image());
         const Array shares(b.of_images ? b.height * b.width * columns : 0);
         const auto begin = [&](Index image, Index panel, float* to) {
             const Index at = image * all_panels + panel;
@@ -524,17 +524,17 @@ void block_backward(const Block* block, Index images, const float* pooled, const
             const Index some = std::min(count, images - first);
             if (b.of_images) {
                 for (Index panel = 0; panel < all_panels; panel++) {
-                    begin(first, panel, slopes);
-                    product({slopes, PANEL, 1, PANEL, 0}, b.height * b.width,
-                            b.turned + panel * PANEL * columns, columns, shares, out.panel(),
+                    begin(first, panel, gradients);
+                    product({gradients, PANEL, 1, PANEL, 0}, b.height * b.width,
+                            b.flipped + panel * PANEL * columns, columns, shares, out.panel(),
                             panel > 0);
                 }
-                put_back(shares, frame, space);
+                col2im(shares, frame, space);
                 frame.cut(space, x + first * frame.image());
             } else {
                 for (Index k = 0; k < some * all_panels; k++)
-                    begin(first + k / all_panels, k % all_panels, slopes + k * out.panel());
-                winograd(slopes, {some, b.outputs, b.height, b.width}, b.turned,
+                    begin(first + k / all_panels, k % all_panels, gradients + k * out.panel());
+                winograd(gradients, {some, b.outputs, b.height, b.width}, b.flipped,
                          x + first * in.image(), b.channels, space);
             }
         }
@@ -576,7 +576,7 @@ void block_backward_weights(const Block* block, Index images, const float* poole
         const Maps part{some, b.channels, b.height, b.width};
         winograd_weights(x + first * in.image(), part, gradients, b.outputs, sums, space);
         if (of_x)
-            winograd(gradients, {some, b.outputs, b.height, b.width}, b.turned,
+            winograd(gradients, {some, b.outputs, b.height, b.width}, b.flipped,
                      of_x + first * in.image(), b.channels, space);
     }
     for (Index o = 0; o < b.outputs; o += WIDTH)
@@ -591,8 +591,8 @@ void block_backward_weights(const Block* block, Index images, const float* poole
                 for (Index p = 0; p < 36; p++)
                     v[p] = load(sums + p * b.channels * b.outputs +
                                 (o / PANEL * b.channels + c) * PANEL + o % PANEL);
-                for (int j = 0; j < 6; j++) of_kernel_back(v + j, w + j, 6, 6);
-                for (int i = 0; i < 3; i++) of_kernel_back(w + 6 * i, v + 3 * i, 1, 1);
+                for (int j = 0; j < 6; j++) kernel_transform_transposed(v + j, w + j, 6, 6);
+                for (int i = 0; i < 3; i++) kernel_transform_transposed(w + 6 * i, v + 3 * i, 1, 1);
                 std::copy_n(v, 9, w);
             }
             for (Index lane = 0; lane < WIDTH; lane++)
@@ -602,9 +602,9 @@ void block_backward_weights(const Block* block, Index images, const float* poole
 }
 
 // kernels (36, outputs / 16, channels, 16) = the transforms of weights (outputs, channels, 3, 3);
-// turned (36, channels / 16, outputs, 16), those of the convolution that goes back.
+// flipped (36, channels / 16, outputs, 16), those of the convolution that goes back.
 void transform_kernels(const float* weights, Index channels, Index outputs, float* kernels,
-                       float* turned) {
+                       float* flipped) {
     const Index size = channels * outputs;
     const auto transform = [&](Index columns, Index rows, Index of_column, Index of_row, bool flip,
                                float* to) {
@@ -615,31 +615,31 @@ void transform_kernels(const float* weights, Index channels, Index outputs, floa
                     for (Index k = 0; k < 9; k++)
                         w[k][lane] =
                             weights[(n + lane) * of_column + row * of_row + (flip ? 8 - k : k)];
-                for (int j = 0; j < 3; j++) of_kernel(w + j, v + j, 3, 3);
-                for (int i = 0; i < 6; i++) of_kernel(v + 3 * i, w + 6 * i, 1, 1);
+                for (int j = 0; j < 3; j++) kernel_transform(w + j, v + j, 3, 3);
+                for (int i = 0; i < 6; i++) kernel_transform(v + 3 * i, w + 6 * i, 1, 1);
                 for (Index p = 0; p < 36; p++)
                     store(to + p * size + (n / PANEL * rows + row) * PANEL + n % PANEL, w[p]);
             }
     };
     transform(outputs, channels, channels * 9, 9, false, kernels);
-    transform(channels, outputs, 9, channels * 9, true, turned);
+    transform(channels, outputs, 9, channels * 9, true, flipped);
 }
 
-// Samples (samples, features), their cosines and sines (samples, components draws), and the slopes
-// of the sums of both, cosines first.
+// Samples (samples, features), their cosines and sines (samples, components draws), and the
+// gradients with respect to the sums of both, cosines first.
 struct Side {
-    const float *cosines, *sines, *slopes, *samples;
+    const float *cosines, *sines, *gradients, *samples;
     Index count;
 };
 
 // total (components, features) += in whole units, rounded, the sums, over the draws of a component,
-// of the frequencies t (components draws, features) times the slopes of t.
+// of the frequencies t (components draws, features) times the gradients with respect to t.
 void add_scale_gradient(const Side* sides, Index number, const float* t, Index components,
                         Index draws, Index features, double* total, float unit, Index threads) {
     const Index all = components * draws;
     Index samples = 0;
     for (Index s = 0; s < number; s++) samples += sides[s].count;
-    const Array angles(all * samples);  // (components, samples, draws), their slopes
+    const Array angles(all * samples);  // (components, samples, draws), their gradients
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
@@ -647,11 +647,11 @@ void add_scale_gradient(const Side* sides, Index number, const float* t, Index c
             float* to = angles + m * samples * draws;
             for (Index s = 0; s < number; s++)
                 for (Index n = 0; n < sides[s].count; n++, to += draws) {
-                    const float* slopes = sides[s].slopes + m * draws;
+                    const float* gradients = sides[s].gradients + m * draws;
                     const float* cosines = sides[s].cosines + n * all + m * draws;
                     const float* sines = sides[s].sines + n * all + m * draws;
                     for (Index k = 0; k < draws; k++)
-                        to[k] = cosines[k] * slopes[all + k] - sines[k] * slopes[k];
+                        to[k] = cosines[k] * gradients[all + k] - sines[k] * gradients[k];
                 }
         }
         const Array panels(samples * TOGETHER), made(draws * TOGETHER), sums(TOGETHER);

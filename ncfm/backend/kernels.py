@@ -37,16 +37,16 @@ def library() -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / "kernels.so"
-            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(made)]
+            path = Path(folder) / "kernels.so"
+            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(path)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            return ctypes.CDLL(str(made))
+            return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        message = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         logger.warning(
             "no C++ compiler with OpenMP ($CXX, or c++): falling back to PyTorch layers; "
             "distillation takes up to three times as long, training twice: %s",
-            (said or str(error)).strip().splitlines()[0],
+            (message or str(error)).strip().splitlines()[0],
         )
         return None
 
@@ -57,7 +57,7 @@ class _Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("of_images", "padding")),
         *((name, ctypes.c_int64) for name in ("channels", "outputs", "height", "width")),
-        *((name, ctypes.c_void_p) for name in ("kernels", "turned", "scale", "shift")),
+        *((name, ctypes.c_void_p) for name in ("kernels", "flipped", "scale", "shift")),
         ("epsilon", ctypes.c_float),
     )
 
@@ -75,13 +75,13 @@ class _Layers:
         if self.of_images:
             back = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C)
             kernels = _panels(back.mT)
-            turned = _panels(F.pad(back, (0, -back.shape[1] % PANEL)).unflatten(0, (-1, PANEL)))
+            flipped = _panels(F.pad(back, (0, -back.shape[1] % PANEL)).unflatten(0, (-1, PANEL)))
         else:
             outputs, channels = weight.shape[:2]
-            kernels, turned = weight.new_empty(2, 36, channels * outputs)
-            _call("transform_kernels", weight.contiguous(), channels, outputs, kernels, turned)
+            kernels, flipped = weight.new_empty(2, 36, channels * outputs)
+            _call("transform_kernels", weight.contiguous(), channels, outputs, kernels, flipped)
         scale, shift = self.norm.weight.detach().clone(), self.norm.bias.detach().clone()
-        self.weights = kernels, turned, scale, shift
+        self.weights = kernels, flipped, scale, shift
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,28 +113,31 @@ class _Pass(torch.autograd.Function):
         more = 2 * int(layers.conv.padding[0]) - 2
         height, width = (x.shape[1] + more, x.shape[2] + more) if layers.of_images else x.shape[2:4]
         pooled = x.new_empty(n, panels, height // 2, width // 2, PANEL)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         if any(ctx.needs_input_grad):
-            kept += [x.new_empty(n, panels, height, width, PANEL), x.new_empty(n, panels, 2, PANEL)]
+            saved += [
+                x.new_empty(n, panels, height, width, PANEL),
+                x.new_empty(n, panels, 2, PANEL),
+            ]
         block = layers.block(height, width)
-        _run("block_forward", ctypes.byref(block), n, x, pooled, *kept or (None, None))
-        ctx.save_for_backward(*kept, *([x] if parameters else []))
+        _run("block_forward", ctypes.byref(block), n, x, pooled, *saved or (None, None))
+        ctx.save_for_backward(*saved, *([x] if parameters else []))
         ctx.block, ctx.weights, ctx.shape = block, layers.weights, x.shape
         ctx.shapes = [parameter.shape for parameter in parameters]
         return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        block, slope = ctypes.byref(ctx.block), slope.contiguous()
-        of_x = slope.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        block, gradient = ctypes.byref(ctx.block), gradient.contiguous()
+        of_x = gradient.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         if not ctx.shapes:
-            _run("block_backward", block, len(slope), slope, *ctx.saved_tensors, of_x)
+            _run("block_backward", block, len(gradient), gradient, *ctx.saved_tensors, of_x)
             return of_x, None
         maps, statistics, x = ctx.saved_tensors
-        gradients = [slope.new_empty(shape) for shape in ctx.shapes]
-        arguments = (slope, x, maps, statistics, *gradients, of_x)
-        _call("block_backward_weights", block, len(slope), *arguments)
+        gradients = [gradient.new_empty(shape) for shape in ctx.shapes]
+        arguments = (gradient, x, maps, statistics, *gradients, of_x)
+        _call("block_backward_weights", block, len(gradient), *arguments)
         return of_x, None, *gradients
 
 
@@ -238,7 +241,7 @@ class _Side(ctypes.Structure):
     """`Side` of kernels.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "slopes", "samples")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "gradients", "samples")),
         ("count", ctypes.c_int64),
     )
 
@@ -258,16 +261,16 @@ def add_scale_gradient(
     """Add to total (M, D), in float64, the sums, over the K / M neighbouring frequencies of each
     component, of frequencies t (K, D) times the gradient w.r.t. them: in whole units, rounded.
 
-    A side of the discrepancy is the cosines and sines of its angles, (N, K) each, the slope w.r.t.
-    the sums of both (2, K), and the samples (N, D).
+    A side of the discrepancy is the cosines and sines of its angles, (N, K) each, the gradient
+    w.r.t. the sums of both (2, K), and the samples (N, D).
     """
-    kept = [
-        [tensor.contiguous() for tensor in (*waves, slope, samples)]
-        for waves, slope, samples in sides
+    saved = [
+        [tensor.contiguous() for tensor in (*cos_sin, gradient, samples)]
+        for cos_sin, gradient, samples in sides
     ]
-    array = (_Side * len(kept))(
-        *(_Side(*(tensor.data_ptr() for tensor in side), len(side[-1])) for side in kept)
+    array = (_Side * len(saved))(
+        *(_Side(*(tensor.data_ptr() for tensor in side), len(side[-1])) for side in saved)
     )
     t, (components, dim) = t.contiguous(), total.shape
     sizes = components, len(t) // components, dim
-    _run("add_scale_gradient", array, len(kept), t, *sizes, total, ctypes.c_float(unit))
+    _run("add_scale_gradient", array, len(saved), t, *sizes, total, ctypes.c_float(unit))

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: tensors of megabytes, made and freed at every operation."""
+"""Keep glibc from returning freed blocks to the system."""
 
 import ctypes
 import platform
@@ -10,9 +10,9 @@ LARGEST = 32 * 2**20  # bytes; the most that every glibc takes for M_MMAP_THRESH
 def keep_freed_memory() -> bool:
     """Let glibc's malloc reuse blocks of up to 32 MiB instead of returning them to the system.
 
-    Otherwise each activation on a CPU is memory mapped anew, and the kernel clears it page by page,
+    Otherwise each activation on a CPU is memory mapped anew, and the system clears it page by page,
     which takes a third of an eager step's time. It holds for the whole process. Returns whether
-    there was a glibc to tell; elsewhere nothing happens.
+    glibc is in use; with another C library nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 import ncfm
-from ncfm.evaluate import judge
+from ncfm.evaluate import train_and_test
 from ncfm.images import InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.train import TrainConfig
@@ -107,7 +107,7 @@ def test_an_exported_set_trains_as_the_loaded_one(tiny: tuple[Path, Path]) -> No
     model, training = ModelConfig(depth=2, width=8), TrainConfig(epochs=8, lr=0.05)
     found = [
         [
-            judge(
+            train_and_test(
                 InMemoryImages(*data),
                 InMemoryImages(*initial.decode()),
                 loaded.spec,
