@@ -1,4 +1,4 @@
-"""What a synthetic set has to beat: sets chosen from the real images."""
+"""Baselines: sets chosen from the real images, at random and by herding."""
 
 import torch
 from torch import Tensor

@@ -140,8 +140,8 @@ def _accuracy(confusion: Tensor) -> float:
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> float | None:
     """Half the width of Student's confidence interval of the mean; None for fewer than two values.
 
-    It speaks of the evaluation's randomness alone: of other networks and, for sets that are drawn
-    anew in every run, of other draws.
+    It covers the evaluation's randomness alone: other networks and, for sets that are drawn anew
+    in every run, other draws.
     """
     if len(values) < 2:
         return None
@@ -153,8 +153,8 @@ def confidence_interval(values: Sequence[float], level: float = 0.95) -> float |
 
 
 def repeats_needed(std: float, difference: float) -> int:
-    """Runs of each of two sets for a true difference of their means to be found, at the 5 % level
-    and with 80 % power, if both have this standard deviation: 2 (1.96 + 0.84)^2 (std /
+    """Runs of each of two sets to detect a true difference of their means at the 5 % level with
+    80 % power, if both have this standard deviation: 2 (1.96 + 0.84)^2 (std /
     difference)^2, rounded up.
     """
     if not difference > 0:

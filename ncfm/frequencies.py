@@ -1,4 +1,4 @@
-"""Where the characteristic functions are compared: the frequency samplers, fixed and learned (psi).
+"""Frequency samplers, fixed and learned (psi): where the characteristic functions are compared.
 
 All have one interface: `sampler(generator)` gives frequencies t = s z of shape (K, D), z ~ N(0, I).
 Since isotropic kernels are scale mixtures of normals, the law of the scale s says which kernel

@@ -79,7 +79,7 @@ def released_training(epochs: int) -> TrainConfig:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What an epoch of training did."""
+    """Loss and accuracy of one epoch of training."""
 
     epoch: int
     loss: float

@@ -1,4 +1,4 @@
-"""Native float32 CPU kernels (`kernels.cpp`): ConvNet features, frozen and in training, and psi's
+"""Native float32 CPU kernels (`native/kernels.cpp`): ConvNet features, frozen and in training, and psi's
 gradient.
 
 PyTorch's layers write each map to memory and read it again; here a block keeps its maps in a core's
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ncfm.models.convnet import ConvNet
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
 FLAGS = "-O3 -march=native -ffp-contract=fast -std=gnu++17 -fopenmp -shared -fPIC"
 PANEL = 16  # columns of a matrix that the kernels take together
 
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class _Block(ctypes.Structure):
-    """`Block` of kernels.cpp."""
+    """`Block` of native/kernels.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("of_images", "padding")),
@@ -63,13 +63,13 @@ class _Block(ctypes.Structure):
 
 
 class _Layers:
-    """Convolution, instance norm, ReLU and pooling, and the weights as the kernels take them."""
+    """Convolution, instance norm, ReLU and pooling, and their weights packed for the kernels."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.GroupNorm, *, of_images: bool) -> None:
         self.conv, self.norm, self.of_images = conv, norm, of_images
 
     def refresh(self) -> None:
-        """Take the weights as they are now."""
+        """Repack the current weights for the kernels."""
         weight = self.conv.weight.detach()  # (O, C, 3, 3)
         # New tensors: the backward pass of an earlier forward pass needs those that it had.
         if self.of_images:
@@ -142,12 +142,12 @@ class _Pass(torch.autograd.Function):
 
 
 def _run(name: str, *arguments: Any) -> None:
-    """A function of the library, on as many threads as PyTorch has."""
+    """Call a function of the library on as many threads as PyTorch has."""
     _call(name, *arguments, torch.get_num_threads())
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """A function of the library; it releases the interpreter's lock."""
+    """Call a function of the library; ctypes releases the interpreter's lock."""
     kernels = library()
     assert kernels is not None
     getattr(kernels, name)(*map(_argument, arguments))
@@ -176,7 +176,7 @@ class NativeConvNet:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the weights as they are now."""
+        """Repack the current weights for the kernels."""
         for layers in self.layers:
             layers.refresh()
 
@@ -195,7 +195,7 @@ class NativeConvNet:
 
 
 def native(model: nn.Module, *, training: bool = False) -> NativeConvNet | None:
-    """The model's features by the kernels; None where there are none: for other networks than a
+    """The model's features by the kernels; None if they do not apply: for other networks than a
     ConvNet with instance norm in float32 on a CPU, of a width that is a multiple of 16, and without
     a C++ compiler.
     """
@@ -238,7 +238,7 @@ def kernel_logits(model: nn.Module, *, training: bool) -> KernelLogits | None:
 
 
 class _Side(ctypes.Structure):
-    """`Side` of kernels.cpp."""
+    """`Side` of native/kernels.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", "gradients", "samples")),
@@ -247,7 +247,7 @@ class _Side(ctypes.Structure):
 
 
 def can_sum_draws(t: Tensor) -> bool:
-    """Whether `add_scale_gradient` is there for these frequencies (K, D)."""
+    """Whether `add_scale_gradient` supports these frequencies (K, D)."""
     fit = t.device.type == "cpu" and t.dtype == torch.float32 and t.shape[1] % PANEL == 0
     return fit and library() is not None
 

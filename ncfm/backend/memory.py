@@ -4,7 +4,7 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 32 * 2**20  # bytes; the most that every glibc takes for M_MMAP_THRESHOLD
+LARGEST = 32 * 2**20  # bytes; the largest M_MMAP_THRESHOLD that every glibc accepts
 
 
 def keep_freed_memory() -> bool:
