@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ncfm.arrays import Images, as_arrays, spec_of
 from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig, Distiller
-from ncfm.evaluate import judge
+from ncfm.evaluate import train_and_test
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
 from ncfm.images import ImageSpec, InMemoryImages
@@ -139,7 +139,7 @@ def evaluate(
     training = training or replace(released_training(1000), schedule="cosine")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return [
-        judge(
+        train_and_test(
             synthetic.source(device=device),
             InMemoryImages(pixels, targets),
             synthetic.spec,
@@ -183,7 +183,7 @@ def _run(
     steps, size = distiller.config.num_steps, distiller.config.real_batch
     for step in range(steps):
         batches = {c: _real_batch(real, size, seed, step, c) for c, real in by_class.items()}
-        progress.tell("distill", step + 1, steps, "steps", distiller.update(batches))
+        progress.update("distill", step + 1, steps, "steps", distiller.update(batches))
 
 
 def _real_batch(real: Tensor, size: int, seed: int, step: int, c: int) -> Tensor:
@@ -220,11 +220,11 @@ def _pool(
         network = fresh(member)
         trajectory, done = [state(network)], member * epochs
 
-        def tell(epoch: EpochReport, done: int = done) -> None:
+        def update(epoch: EpochReport, done: int = done) -> None:
             if epoch.epoch + 1 == epochs or settings.distill.extractor != "blend":
                 trajectory.append(state(network))  # noqa: B023 # within this turn of the loop
             values = {"loss": epoch.loss, "accuracy": epoch.accuracy}
-            progress.tell("pretrain", done + epoch.epoch + 1, settings.networks * epochs,
+            progress.update("pretrain", done + epoch.epoch + 1, settings.networks * epochs,
                 "epochs", values)  # fmt: skip
 
         train(
@@ -234,7 +234,7 @@ def _pool(
             settings.training,
             seed=keyed_seed(seed, "pool_training", member),
             device=device,
-            report=tell,
+            report=update,
         )
         trajectories.append(trajectory)
     return ExtractorPool(fresh(0), trajectories, device=device)
@@ -244,13 +244,13 @@ class _Progress:
     """Lines at most every five seconds, and one at the end of a part."""
 
     def __init__(self, report: Report | None) -> None:
-        self.report, self.told = report, time.monotonic()
+        self.report, self.updated = report, time.monotonic()
 
-    def tell(
+    def update(
         self, part: str, done: int, total: int, unit: str, values: Mapping[str, Tensor | float]
     ) -> None:
         now = time.monotonic()
-        if self.report is not None and (done == total or now - self.told >= REPORT_EVERY_S):
-            self.told = now
+        if self.report is not None and (done == total or now - self.updated >= REPORT_EVERY_S):
+            self.updated = now
             text = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
             self.report(f"[{part}] {done}/{total} {unit}  {text}")

@@ -1,4 +1,4 @@
-"""What a synthetic set has to beat: sets chosen from the real images."""
+"""Baselines: sets chosen from the real images, at random and by herding."""
 
 import torch
 from torch import Tensor
@@ -61,10 +61,10 @@ def herding_set(
     )
     chosen = herding(features, min(ipc, len(features)))
     order, start = {int(index): rank for rank, index in enumerate(chosen)}, 0
-    found: dict[int, Tensor] = {}
+    images_by_rank: dict[int, Tensor] = {}
     for part, _ in next(walks):
         for index in range(start, start + len(part)):
             if index in order:
-                found[order[index]] = to_unit(part[index - start].cpu())
+                images_by_rank[order[index]] = to_unit(part[index - start].cpu())
         start += len(part)
-    return torch.stack([found[rank % len(found)] for rank in range(ipc)])
+    return torch.stack([images_by_rank[rank % len(images_by_rank)] for rank in range(ipc)])

@@ -1,4 +1,4 @@
-"""What a distiller needs of the workers it shares a run with; it knows no more of them."""
+"""The collective operations that a distiller needs."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -32,8 +32,8 @@ class Communicator(Protocol):
         ...
 
 
-class Alone:
-    """The communicator of a single worker."""
+class SingleProcess:
+    """The communicator of a single process: sums of one summand."""
 
     member, members = 0, 1
 

@@ -27,7 +27,7 @@ class CurateConfig:
     temperature: float = 1.0
     """The teachers' logits are divided by it before the softmax (released code: 1)."""
     keep_class: bool = True
-    """An image that the teachers take for another class keeps its hard label (released code)."""
+    """An image that the teachers predict as another class keeps its hard label (released code)."""
     per_view: bool = False
     """Also evaluate with labels that the teachers give to every augmented view anew, in rows of
     their own. What is stored for it is the teachers, or a label of each view: `view_label_bytes`.

@@ -34,7 +34,7 @@ class CF(NamedTuple):
         return self.real.square() + self.imag.square()
 
     def modulus(self) -> Tensor:
-        """|phi(t_k)|, shape (..., K), with a finite slope at zero."""
+        """|phi(t_k)|, shape (..., K), with a finite derivative at zero."""
         return (self.squared_modulus() + torch.finfo(self.real.dtype).tiny).sqrt()
 
 
@@ -96,7 +96,7 @@ def chf(x: CF, y: CF, alpha: float = 0.5) -> Tensor:
 
 
 def smooth_sqrt(u: Tensor, eps: float = 1e-12) -> Tensor:
-    """sqrt(u), rounded off within eps of zero: exactly 0 at 0, and with a finite slope there."""
+    """sqrt(u), rounded off within eps of zero: exactly 0 at 0, with a finite derivative there."""
     root: Tensor = (u + eps).sqrt() + math.sqrt(eps)
     return u / root
 
@@ -108,26 +108,26 @@ def ncfd(x: CF, y: CF, alpha: float = 0.5) -> Tensor:
     return smooth_sqrt(chf(x, y, alpha)).mean(-1)
 
 
-def smooth_sqrt_slope(u: Tensor, eps: float = 1e-12) -> Tensor:
-    """Of `smooth_sqrt` w.r.t. u."""
+def smooth_sqrt_derivative(u: Tensor, eps: float = 1e-12) -> Tensor:
+    """Derivative of `smooth_sqrt` with respect to u."""
     return 0.5 / (u + eps).sqrt()
 
 
-def ncfd_slopes(x: CF, y: CF, alpha: float = 0.5) -> tuple[CF, CF]:
-    """Of the NCFD w.r.t. x and y, each part (..., K).
+def ncfd_gradient(x: CF, y: CF, alpha: float = 0.5) -> tuple[CF, CF]:
+    """Gradient of the NCFD with respect to both CFs, each part (..., K).
 
-    Written out, since a step asks for them class by class, where autograd takes several times as
-    long for the many small operations.
+    Written out, since a step needs it class by class, where autograd takes several times as long
+    for the many small operations.
     """
     u = chf(x, y, alpha)
-    weight = smooth_sqrt_slope(u) * (2 / u.shape[-1])
-    apart = weight * (1 - alpha)
-    real, imag = apart * (x.real - y.real), apart * (x.imag - y.imag)
+    weight = smooth_sqrt_derivative(u) * (2 / u.shape[-1])
+    factor = weight * (1 - alpha)
+    real, imag = factor * (x.real - y.real), factor * (x.imag - y.imag)
     if alpha == 0.5:
         return CF(real, imag), CF(-real, -imag)
     modulus_x, modulus_y = x.modulus(), y.modulus()
-    wider = weight * (u > 0) * (2 * alpha - 1) * (modulus_x - modulus_y)
-    of_x, of_y = wider / modulus_x, wider / modulus_y
+    amplitude = weight * (u > 0) * (2 * alpha - 1) * (modulus_x - modulus_y)
+    of_x, of_y = amplitude / modulus_x, amplitude / modulus_y
     return (
         CF(real + of_x * x.real, imag + of_x * x.imag),
         CF(-real - of_y * y.real, -imag - of_y * y.imag),

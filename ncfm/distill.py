@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ncfm.augment import Augment, AugmentConfig
 from ncfm.backend.features import FeatureExtractor
-from ncfm.communication import Alone, Communicator, own_parts
+from ncfm.communication import Communicator, SingleProcess, own_parts
 from ncfm.distill_config import DistillConfig
 from ncfm.extractors import Blend, ExtractorPool
 from ncfm.frequencies import FrequencyConfig
@@ -86,7 +86,7 @@ class Distiller:
         self.device, precision = torch.device(device), getattr(torch, config.precision)
         self.dtype = torch.promote_types(precision, torch.float32)
         self.num_classes, self.step = num_classes or len(images), 0
-        self.communicator = communicator or Alone()
+        self.communicator = communicator or SingleProcess()
         self.images = {
             c: nn.Parameter(images[c].to(self.device, self.dtype, copy=True))
             for c in sorted(images)
@@ -99,7 +99,7 @@ class Distiller:
         )
         self.features = FeatureExtractor(
             pool.model,
-            pool.freeze() if self.kernels else None,
+            pool.native_features() if self.kernels else None,
             image_size=spec.image_size,
             tiles=factor**2,
             normalize=config.normalize_features and not self.objective.raw_features,

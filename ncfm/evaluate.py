@@ -1,4 +1,4 @@
-"""How good a set of images is: what a fresh network trained on it does on test images."""
+"""Evaluation of a set of images: the test accuracy of fresh networks trained on it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ncfm.backend.kernels import kernel_logits
-from ncfm.backend.threads import mapped
+from ncfm.backend.threads import thread_map
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
 from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
@@ -18,11 +18,11 @@ CPU_BATCH = 32  # images of a batch that a thread tests at a time
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What one network, trained on a set, does on the test images."""
+class EvaluationResult:
+    """The test result of one network trained on a set."""
 
-    confusion: Tensor  # (classes, classes) int64: [i, j] images of class i are taken for class j
-    legacy: float | None = None  # best-on-test accuracy in [0, 1], if it was asked for
+    confusion: Tensor  # (classes, classes) int64: [i, j] images of class i predicted as j
+    best_test_accuracy: float | None = None  # best on test, in [0, 1], with `test_every`
 
     @property
     def accuracy(self) -> float:
@@ -30,7 +30,7 @@ class Judgement:
         return _accuracy(self.confusion)
 
 
-def judge(
+def train_and_test(
     train_on: ImageSource,
     test_on: ImageSource,
     spec: ImageSpec,
@@ -41,14 +41,14 @@ def judge(
     device: torch.device | str = "cpu",
     tail: ImageSource | None = None,
     tail_epochs: int = 0,
-    legacy_every: int = 0,
+    test_every: int = 0,
     threads: int = 1,
     relabel: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Judgement:
+) -> EvaluationResult:
     """Train one fresh network and test it after its last epoch; `threads` and `relabel` as those of
     `train`.
 
-    `tail` is what the last `tail_epochs` learn from, if it is not `train_on`. With `legacy_every`
+    `tail` is what the last `tail_epochs` learn from, if it is not `train_on`. With `test_every`
     the network is also tested after every so many epochs, as the released code does, for the best
     of these accuracies; its training is the same. Otherwise the test images are looked at once.
     """
@@ -63,7 +63,7 @@ def judge(
 
     def test(report: EpochReport) -> None:
         last = report.epoch + 1 == training.epochs
-        if legacy_every and (report.epoch + 1) % legacy_every == 0 and not last:
+        if test_every and (report.epoch + 1) % test_every == 0 and not last:
             tested.append(accuracy(network, test_on, spec, device=device, threads=threads))
             network.train()
 
@@ -80,10 +80,12 @@ def judge(
         threads=threads,
         relabel=relabel,
     )
-    result = Judgement(confusion_matrix(network, test_on, spec, device=device, threads=threads))
-    if not legacy_every:
+    result = EvaluationResult(
+        confusion_matrix(network, test_on, spec, device=device, threads=threads)
+    )
+    if not test_every:
         return result
-    return Judgement(result.confusion, max([*tested, result.accuracy]))
+    return EvaluationResult(result.confusion, max([*tested, result.accuracy]))
 
 
 def confusion_matrix(
@@ -95,7 +97,7 @@ def confusion_matrix(
     device: torch.device | str = "cpu",
     threads: int = 1,
 ) -> Tensor:
-    """(classes, classes) int64: [i, j] images of class i that a model in eval mode takes for j."""
+    """(classes, classes) int64: [i, j] images of class i predicted as j, in eval mode."""
     model.to(device).eval()
     classes = spec.num_classes
     counts = torch.zeros(classes * classes, dtype=torch.long)
@@ -104,13 +106,15 @@ def confusion_matrix(
 
     def classify(images: Tensor) -> Tensor:
         with torch.no_grad():  # in its thread, too
-            said: Tensor = logits(spec.normalize(to_unit(to_device(images, device)))).argmax(1)
-        return said.cpu()
+            predicted: Tensor = logits(spec.normalize(to_unit(to_device(images, device)))).argmax(1)
+        return predicted.cpu()
 
-    with mapped(threads) as each:
+    with thread_map(threads) as each:
         for images, labels in data.epoch(batch_size, None):
-            said = torch.cat(list(each(classify, images.split(part))))
-            counts += torch.bincount(labels.cpu() * classes + said, minlength=classes * classes)
+            predicted = torch.cat(list(each(classify, images.split(part))))
+            counts += torch.bincount(
+                labels.cpu() * classes + predicted, minlength=classes * classes
+            )
     return counts.view(classes, classes)
 
 
@@ -136,8 +140,8 @@ def _accuracy(confusion: Tensor) -> float:
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> float | None:
     """Half the width of Student's confidence interval of the mean; None for fewer than two values.
 
-    It speaks of the evaluation's randomness alone: of other networks and, for sets that are drawn
-    anew in every run, of other draws.
+    It covers the evaluation's randomness alone: other networks and, for sets that are drawn anew
+    in every run, other draws.
     """
     if len(values) < 2:
         return None
@@ -149,8 +153,8 @@ def confidence_interval(values: Sequence[float], level: float = 0.95) -> float |
 
 
 def repeats_needed(std: float, difference: float) -> int:
-    """Runs of each of two sets for a true difference of their means to be found, at the 5 % level
-    and with 80 % power, if both have this standard deviation: 2 (1.96 + 0.84)^2 (std /
+    """Runs of each of two sets to detect a true difference of their means at the 5 % level with
+    80 % power, if both have this standard deviation: 2 (1.96 + 0.84)^2 (std /
     difference)^2, rounded up.
     """
     if not difference > 0:

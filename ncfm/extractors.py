@@ -61,7 +61,7 @@ class ExtractorPool:
         ).to(device)  # (P, snapshots, weights)
         self._flat = self._snapshots[0, 0].clone()
         self._point_into(self._flat)
-        self._frozen: NativeConvNet | None = None
+        self._native: NativeConvNet | None = None
 
     def __len__(self) -> int:
         return len(self._snapshots)
@@ -86,12 +86,10 @@ class ExtractorPool:
         self._flat = self._flat.to(dtype)
         self._point_into(self._flat)
 
-    def freeze(self) -> NativeConvNet | None:
-        """The model's features by kernels of our own, which follow every blend; None where there
-        are none for it.
-        """
-        self._frozen = native(self.model)
-        return self._frozen
+    def native_features(self) -> NativeConvNet | None:
+        """Native forward pass, kept in sync with `blend`; None if the model has none."""
+        self._native = native(self.model)
+        return self._native
 
     def blend(self, member: int, beta: float, first: int = 0, second: int = -1) -> Classifier:
         """The model with the weights lerp(first, second, beta) of two snapshots of a member (by
@@ -99,8 +97,8 @@ class ExtractorPool:
         """
         snapshots = self._snapshots[member]
         self._flat.copy_(torch.lerp(snapshots[first], snapshots[second], beta))
-        if self._frozen is not None:
-            self._frozen.refresh()
+        if self._native is not None:
+            self._native.refresh()
         return self.model
 
     def draw(

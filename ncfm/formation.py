@@ -39,7 +39,7 @@ def decode_tiles(images: Tensor, factor: int, index: Tensor) -> Tensor:
     if factor == 1:
         return images[to_device(index, images.device)]
     stored, tile = index // factor**2, index % factor**2
-    made = images.new_empty((len(index), *images.shape[1:]))
+    tiles = images.new_empty((len(index), *images.shape[1:]))
     rows, columns = (
         [int(part[0]) for part in torch.arange(size).tensor_split(factor)] + [size]
         for size in images.shape[-2:]
@@ -50,10 +50,10 @@ def decode_tiles(images: Tensor, factor: int, index: Tensor) -> Tensor:
             (edges[k], edges[k + 1]) for edges, k in ((rows, t // factor), (columns, t % factor))
         )
         own = images[to_device(stored[places], images.device), :, top:bottom, left:right]
-        made[to_device(places, images.device)] = interpolate(
+        tiles[to_device(places, images.device)] = interpolate(
             own, size=images.shape[-2:], mode="bilinear", align_corners=False
         )
-    return made
+    return tiles
 
 
 def encode(images: Tensor, factor: int) -> Tensor:

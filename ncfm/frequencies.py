@@ -1,4 +1,4 @@
-"""Where the characteristic functions are compared: the frequency samplers, fixed and learned (psi).
+"""Frequency samplers, fixed and learned (psi): where the characteristic functions are compared.
 
 All have one interface: `sampler(generator)` gives frequencies t = s z of shape (K, D), z ~ N(0, I).
 Since isotropic kernels are scale mixtures of normals, the law of the scale s says which kernel
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ncfm.discrepancy import (
     CF,
     ncfd,
-    ncfd_slopes,
+    ncfd_gradient,
     sampling_floor,
     smooth_sqrt,
-    smooth_sqrt_slope,
+    smooth_sqrt_derivative,
     squared_difference,
 )
 from ncfm.registry import lookup
@@ -266,7 +266,7 @@ def psi_objective(
     return smooth_sqrt(difference / (floor + 1e-6)).mean(-1)
 
 
-def psi_slopes(
+def psi_objective_gradient(
     x: CF,
     y: CF,
     real_count: Tensor | int,
@@ -274,18 +274,20 @@ def psi_slopes(
     config: FrequencyConfig,
     alpha: float,
 ) -> tuple[CF, CF]:
-    """Of what psi ascends w.r.t. x and y, each part (..., K); written out as `ncfd_slopes` are."""
+    """Gradient of `psi_objective` with respect to both CFs, each part (..., K); written out as
+    `ncfd_gradient` is.
+    """
     if config.objective == "ncfd":
-        return ncfd_slopes(x, y, alpha)
+        return ncfd_gradient(x, y, alpha)
     floor = sampling_floor(x, real_count, synthetic_count)
     if config.objective == "excess":
         of_difference = torch.full_like(floor, 1 / floor.shape[-1])
         of_floor = -of_difference
     else:
         ratio = squared_difference(x, y) / (floor + 1e-6)
-        of_difference = smooth_sqrt_slope(ratio) / ((floor + 1e-6) * floor.shape[-1])
+        of_difference = smooth_sqrt_derivative(ratio) / ((floor + 1e-6) * floor.shape[-1])
         of_floor = -of_difference * ratio
-    apart = 2 * of_difference
-    spread = of_floor * (floor > 0) * (-2 * (1 / synthetic_count + 1 / real_count))
-    real, imag = apart * (x.real - y.real), apart * (x.imag - y.imag)
-    return CF(real + spread * x.real, imag + spread * x.imag), CF(-real, -imag)
+    factor = 2 * of_difference
+    of_phi_x = of_floor * (floor > 0) * (-2 * (1 / synthetic_count + 1 / real_count))
+    real, imag = factor * (x.real - y.real), factor * (x.imag - y.imag)
+    return CF(real + of_phi_x * x.real, imag + of_phi_x * x.imag), CF(-real, -imag)

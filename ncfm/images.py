@@ -1,4 +1,4 @@
-"""What the images of a data set look like, and sets of them small enough for memory."""
+"""Image shape and normalisation, image sources, and sources in memory."""
 
 import functools
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class ImageSpec:
 
 @functools.lru_cache
 def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(C, 1, 1); made once, since a GPU would be waited for each time."""
+    """(C, 1, 1); cached, since each copy to a GPU would synchronise."""
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ncfm.backend.kernels import add_scale_gradient, can_sum_draws
 from ncfm.backend.products import product
 from ncfm.communication import Communicator, group_total, own_parts
-from ncfm.discrepancy import CF, CFSums, cf_from_sums, ncfd, ncfd_slopes
-from ncfm.frequencies import FrequencyConfig, psi_objective, psi_slopes
+from ncfm.discrepancy import CF, CFSums, cf_from_sums, ncfd, ncfd_gradient
+from ncfm.frequencies import FrequencyConfig, psi_objective, psi_objective_gradient
 
 BLOCK_FREQS = 256  # frequencies whose gradient is there at a time
 GROUP_SAMPLES = {"cpu": 1, "cuda": 2**14}
@@ -25,7 +25,7 @@ small operations cost a GPU their launches.
 """
 
 
-class Waves(NamedTuple):
+class CosSin(NamedTuple):
     """cos<t_k, x_n> and sin<t_k, x_n>, each (C, N, K)."""
 
     cos: Tensor
@@ -37,18 +37,18 @@ class Waves(NamedTuple):
         sizes = self.cos.new_full((classes, 1), size)
         return torch.cat([self.cos.sum(1), self.sin.sum(1), sizes], 1)
 
-    def angle_gradient(self, slopes: Tensor) -> Tensor:
-        """Of a function of the sums of cosines and of sines, with these slopes (C, 2, K), w.r.t.
-        the angles <t_k, x_n>: (C, N, K). Times t, it is the gradient w.r.t. x; transposed, times x,
-        that w.r.t. t.
+    def angle_gradient(self, of_sums: Tensor) -> Tensor:
+        """From the gradient (C, 2, K) of a function w.r.t. the sums of cosines and of sines to that
+        w.r.t. the angles <t_k, x_n>, (C, N, K). Times t, it is the gradient w.r.t.
+        x; transposed, times x, that w.r.t. t.
         """
-        return self.cos * slopes[:, 1:] - self.sin * slopes[:, :1]
+        return self.cos * of_sums[:, 1:] - self.sin * of_sums[:, :1]
 
 
-def waves(x: Tensor, t: Tensor) -> Waves:
+def cos_sin(x: Tensor, t: Tensor) -> CosSin:
     """Of samples x (C, N, D) at frequencies t (K, D)."""
     angles = product(x, t.mT)
-    return Waves(angles.cos(), angles.sin())
+    return CosSin(angles.cos(), angles.sin())
 
 
 class Match:
@@ -57,7 +57,7 @@ class Match:
     Args:
         x: this member's part of each class's real features, (N_c, D) each.
         y: each class's synthetic features, all of them, on every member of the group.
-        kernels: whether psi's gradient may come from `ncfm.backend.kernels`.
+        kernels: whether native kernels may compute psi's gradient.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Match:
     ) -> None:
         self.t, self.communicator, self.kernels = t, communicator, kernels
         # Neighbouring classes of the same sizes, (C, N, D) a group.
-        self.groups = _alike(x, y, GROUP_SAMPLES.get(t.device.type, GROUP_SAMPLES["cuda"]))
+        self.groups = _same_sizes(x, y, GROUP_SAMPLES.get(t.device.type, GROUP_SAMPLES["cuda"]))
         self.x, self.y = ([stack(side[group]) for group in self.groups] for side in (x, y))
-        self.waves_x, self.waves_y = (
-            [waves(part, t) for part in side] for side in (self.x, self.y)
+        self.cos_sin_x, self.cos_sin_y = (
+            [cos_sin(part, t) for part in side] for side in (self.x, self.y)
         )
-        self.sums_x = group_total(torch.cat([w.sums() for w in self.waves_x]), communicator)
-        self.sums_y = torch.cat([w.sums() for w in self.waves_y])
+        self.sums_x = group_total(torch.cat([w.sums() for w in self.cos_sin_x]), communicator)
+        self.sums_y = torch.cat([w.sums() for w in self.cos_sin_y])
         self.phi_x, self.phi_y = self._cf(self.sums_x), self._cf(self.sums_y)
 
     def _cf(self, sums: Tensor) -> CF:
@@ -86,19 +86,19 @@ class Match:
 
     def descent(self, alpha: float) -> tuple[Tensor, list[Tensor]]:
         """NCFD of each class (C,), and the gradient of each w.r.t. its y, (N_c, D)."""
-        slopes = sum_slopes(ncfd_slopes(self.phi_x, self.phi_y, alpha)[1], self.sums_y)
+        of_sums = gradient_wrt_sums(ncfd_gradient(self.phi_x, self.phi_y, alpha)[1], self.sums_y)
         gradients = [
             gradient
-            for group, w in zip(self.groups, self.waves_y, strict=True)
-            for gradient in product(w.angle_gradient(slopes[group]), self.t)
+            for group, w in zip(self.groups, self.cos_sin_y, strict=True)
+            for gradient in product(w.angle_gradient(of_sums[group]), self.t)
         ]
         return ncfd(self.phi_x, self.phi_y, alpha), gradients
 
     def objective(self, config: FrequencyConfig, alpha: float) -> Tensor:
         """What psi ascends, for each class (C,); `add_scale_gradients` needs it called before."""
         sizes = self.sums_x[:, -1:], self.sums_y[:, -1:]
-        of_x, of_y = psi_slopes(self.phi_x, self.phi_y, *sizes, config, alpha)
-        self._slopes = sum_slopes(of_x, self.sums_x), sum_slopes(of_y, self.sums_y)
+        of_x, of_y = psi_objective_gradient(self.phi_x, self.phi_y, *sizes, config, alpha)
+        self._of_sums = gradient_wrt_sums(of_x, self.sums_x), gradient_wrt_sums(of_y, self.sums_y)
         return psi_objective(self.phi_x, self.phi_y, *sizes, config, alpha)
 
     def add_scale_gradients(self, total: Tensor, unit: float) -> None:
@@ -110,21 +110,21 @@ class Match:
         time: what is added up stays in the cache, and nothing of shape (K, D) is made.
         """
         for number, group in enumerate(self.groups):
-            slopes_x, slopes_y = (slopes[group] for slopes in self._slopes)
+            of_sums_x, of_sums_y = (of_sums[group] for of_sums in self._of_sums)
             # All members have all of y: each counts its part alone, as it has its part of x.
             *cos_sin, own_y = own_parts(
-                [*self.waves_y[number], self.y[number]], self.communicator, dim=1
+                [*self.cos_sin_y[number], self.y[number]], self.communicator, dim=1
             )
             sides = (
-                (self.waves_x[number], slopes_x, self.x[number]),
-                (Waves(*cos_sin), slopes_y, own_y),
+                (self.cos_sin_x[number], of_sums_x, self.x[number]),
+                (CosSin(*cos_sin), of_sums_y, own_y),
             )
             add_scale_gradients(total, unit, sides, self.t, kernels=self.kernels)
 
 
-Side = tuple[Waves, Tensor, Tensor]
-"""Samples of some classes at frequencies t: cosines and sines, the slopes (C, 2, K) with respect to
-the sums of both, and the samples (C, N, D)."""
+Side = tuple[CosSin, Tensor, Tensor]
+"""Samples of some classes at frequencies t: cosines and sines, the gradient (C, 2, K) w.r.t. the
+sums of both, and the samples (C, N, D)."""
 
 
 def add_scale_gradients(
@@ -133,12 +133,12 @@ def add_scale_gradients(
     """As `Match.add_scale_gradients`, of classes of the same sizes."""
     if kernels and can_sum_draws(t):
         for c in range(len(sides[0][1])):
-            of_class = [((w.cos[c], w.sin[c]), slopes[c], part[c]) for w, slopes, part in sides]
+            of_class = [((w.cos[c], w.sin[c]), of_sums[c], part[c]) for w, of_sums, part in sides]
             add_scale_gradient(total, unit, of_class, t)
         return
     draws = len(t) // len(total)
     rows = max(1, BLOCK_FREQS // draws) * draws
-    angles = torch.cat([w.angle_gradient(slopes) for w, slopes, _ in sides], 1)
+    angles = torch.cat([w.angle_gradient(of_sums) for w, of_sums, _ in sides], 1)
     features = torch.cat([samples for _, _, samples in sides], 1)
     parts = [
         product(angle.mT, features).mul_(block).unflatten(1, (-1, draws)).sum(2)
@@ -147,7 +147,7 @@ def add_scale_gradients(
     total += torch.cat(parts, 1).div_(unit).round_().sum(0, dtype=total.dtype)
 
 
-def _alike(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice]:
+def _same_sizes(x: Sequence[Tensor], y: Sequence[Tensor], samples: int) -> list[slice]:
     """Neighbouring classes of the same sizes, up to so many samples together, but at least one."""
     sizes = [(len(a), len(b)) for a, b in zip(x, y, strict=True)]
     groups, start = [], 0
@@ -164,8 +164,8 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def sum_slopes(slopes: CF, sums: Tensor) -> Tensor:
-    """From those w.r.t. a CF to those w.r.t. the sums (C, 2 K + 1) that it is from, of cosines and
-    of sines: (C, 2, K).
+def gradient_wrt_sums(gradient: CF, sums: Tensor) -> Tensor:
+    """From the gradient w.r.t. a CF to that w.r.t. the sums (C, 2 K + 1) that it is from, of
+    cosines and of sines: (C, 2, K).
     """
-    return torch.stack(slopes, 1) / sums[:, None, -1:]
+    return torch.stack(gradient, 1) / sums[:, None, -1:]

@@ -1,4 +1,4 @@
-"""What the synthetic images descend: distances between the real and the synthetic features.
+"""Objectives of the images: distances between the real and the synthetic features.
 
 An `Objective` is made for one descent and called once for each block of classes. To add one: a
 class in a module of its own, and an entry of `OBJECTIVES` or its dotted path as the option.

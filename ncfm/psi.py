@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ncfm.communication import Communicator
-from ncfm.discrepancy import CF, CFSums, cf_from_sums, smooth_sqrt, smooth_sqrt_slope
+from ncfm.discrepancy import CF, CFSums, cf_from_sums, smooth_sqrt, smooth_sqrt_derivative
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
-from ncfm.matching import Match, add_scale_gradients, sum_slopes, waves
+from ncfm.matching import Match, add_scale_gradients, cos_sin, gradient_wrt_sums
 from ncfm.seeding import keyed_generator
 from ncfm.training_state import load_optimizer_state, optimizer_state
 
@@ -149,16 +149,16 @@ class PsiGradient:
         """
         sums = t.new_zeros(self.num_classes, 2 * len(t) + 1)
         for c, part in zip(classes, x, strict=True):
-            sums[c] = waves(part[None], t).sums()[0]
+            sums[c] = cos_sin(part[None], t).sums()[0]
         sums = communicator.sum_all(sums)
         phi, counts = _class_cfs(sums)
         self._values.append(between_classes(phi, counts).expand(len(x)))
         sums[:, -1].clamp_min_(1)
         # `unit` is of a mean over the classes; here every class has its part of one value.
-        slopes = sum_slopes(between_classes_slopes(phi, counts), sums) * self.num_classes
+        of_sums = gradient_wrt_sums(between_classes_gradient(phi, counts), sums) * self.num_classes
         for c, part in zip(classes, x, strict=True):
             if len(part):
-                side = (waves(part[None], t), slopes[c : c + 1], part[None])
+                side = (cos_sin(part[None], t), of_sums[c : c + 1], part[None])
                 add_scale_gradients(self.total, self.unit, [side], t, kernels=kernels)
 
     def backward(self, communicator: Communicator) -> None:
@@ -188,11 +188,11 @@ def between_classes(phi: CF, counts: Tensor) -> Tensor:
     return smooth_sqrt(signal / noise).mean()
 
 
-def between_classes_slopes(phi: CF, counts: Tensor) -> CF:
+def between_classes_gradient(phi: CF, counts: Tensor) -> CF:
     """Gradient of `between_classes` with respect to phi, each part (C, K)."""
     signal, noise, present, centred = _signal_and_noise(phi, counts)
     classes, ratio = present.sum(), signal / noise
-    of_signal = smooth_sqrt_slope(ratio) / (noise * ratio.shape[-1])
+    of_signal = smooth_sqrt_derivative(ratio) / (noise * ratio.shape[-1])
     of_noise = -of_signal * ratio
     inside = (phi.squared_modulus() < 1) * present / counts.clamp_min(1)
     of_real, of_imag = (

@@ -1,4 +1,4 @@
-"""Which real images count: the easy ones of a class, and those that synthetic images start from.
+"""Selection of real images: the easy ones of a class, and those that synthetic images start from.
 
 An image is easy if trained networks give its class a high probability: its loss, the cross-entropy,
 is low. Hard images hurt where few images are stored (PAD); confident ones (RDED)
@@ -30,7 +30,7 @@ def _passes(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and logits, float64, of chunks of images under a member's trained network.
 
-    Float64, from the features on: what is chosen must not hang on rounding.
+    Float64 from the features on, so that the choice does not depend on rounding.
     """
     model = pool.blend(member, 1.0)
     features = native(model) or model.features
@@ -38,8 +38,8 @@ def _passes(
     classifier = copy.deepcopy(model.classifier).double()
     for part in images.split(CHUNK):
         inputs = spec.normalize(to_unit(to_device(part, weight.device)).to(weight.dtype))
-        found = features(inputs).double()
-        yield found, classifier(found)
+        own = features(inputs).double()
+        yield own, classifier(own)
 
 
 def image_losses(
@@ -61,8 +61,8 @@ def image_losses(
 
 def class_features(pool: ExtractorPool, images: Tensor, spec: ImageSpec) -> Tensor:
     """Normalised features (N, D), float64, under the first member's trained network."""
-    found = [features.cpu() for features, _ in _passes(pool, 0, images, spec)]
-    return F.normalize(torch.cat(found), dim=-1)
+    features = [part.cpu() for part, _ in _passes(pool, 0, images, spec)]
+    return F.normalize(torch.cat(features), dim=-1)
 
 
 def easy_images(

@@ -1,4 +1,4 @@
-"""The synthetic set: what a distillation makes, saves, and hands to its users."""
+"""The synthetic set: initial images, storage format, and use as a data set."""
 
 import hashlib
 import json
@@ -213,9 +213,9 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
     if not isinstance(manifest, dict):
         raise ValueError(f"{path / 'manifest.json'} is not the manifest of a synthetic set")
     if manifest.get("format") != FORMAT or manifest.get("version", 0) > VERSION:
-        found = f"{manifest.get('format')!r} version {manifest.get('version')}"
+        stored = f"{manifest.get('format')!r} version {manifest.get('version')}"
         raise ValueError(
-            f"{path} holds {found}; this version reads {FORMAT!r} up to version {VERSION}"
+            f"{path} holds {stored}; this version reads {FORMAT!r} up to version {VERSION}"
         )
     if missing := [key for key in REQUIRED if key not in manifest]:
         raise ValueError(f"{path / 'manifest.json'} lacks {', '.join(missing)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ncfm.augment import Augment, AugmentConfig, cutmix
 from ncfm.backend.kernels import kernel_logits
 from ncfm.backend.memory import keep_freed_memory
-from ncfm.backend.threads import Map, mapped
+from ncfm.backend.threads import Map, thread_map
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
 from ncfm.models.from_torchvision import TorchvisionClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
@@ -79,7 +79,7 @@ def released_training(epochs: int) -> TrainConfig:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What an epoch of training did."""
+    """Loss and accuracy of one epoch of training."""
 
     epoch: int
     loss: float
@@ -130,7 +130,7 @@ def train(
         raise ValueError("there is no image to train on")
     keep_freed_memory()
     run = _Training(model, spec, config, device, on_batch)
-    with mapped(threads) as each, global_generator(keyed_seed(seed, "train_layers"), device):
+    with thread_map(threads) as each, global_generator(keyed_seed(seed, "train_layers"), device):
         for epoch in range(run.restore(resume), config.epochs):
             source = data if tail is None or epoch < config.epochs - tail_epochs else tail
             relabel_views = relabel if source is data else None

@@ -1,4 +1,4 @@
-"""Whether torch.compile works here, found out by trying."""
+"""Whether torch.compile works here."""
 
 import functools
 import logging
@@ -18,6 +18,6 @@ def can_compile(device_type: str) -> bool:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device_type))
     except RuntimeError as error:  # of the several kinds of torch._dynamo and torch._inductor
         reason = str(error).strip().splitlines()[0]
-        logger.warning("torch.compile does not work here, going on without: %s", reason)
+        logger.warning("torch.compile does not work here, falling back to eager layers: %s", reason)
         return False
     return True

@@ -1,4 +1,4 @@
-"""Native float32 CPU kernels (`kernels.cpp`): ConvNet features, frozen and in training, and psi's
+"""Native float32 CPU kernels (`native/kernels.cpp`): ConvNet features, frozen and in training, and psi's
 gradient.
 
 PyTorch's layers write each map to memory and read it again; here a block keeps its maps in a core's
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ncfm.models.convnet import ConvNet
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
 FLAGS = "-O3 -march=native -ffp-contract=fast -std=gnu++17 -fopenmp -shared -fPIC"
 PANEL = 16  # columns of a matrix that the kernels take together
 
@@ -37,51 +37,51 @@ def library() -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / "kernels.so"
-            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(made)]
+            path = Path(folder) / "kernels.so"
+            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(path)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            return ctypes.CDLL(str(made))
+            return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        message = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         logger.warning(
             "no C++ compiler with OpenMP ($CXX, or c++): falling back to PyTorch layers; "
             "distillation takes up to three times as long, training twice: %s",
-            (said or str(error)).strip().splitlines()[0],
+            (message or str(error)).strip().splitlines()[0],
         )
         return None
 
 
 class _Block(ctypes.Structure):
-    """`Block` of kernels.cpp."""
+    """`Block` of native/kernels.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("of_images", "padding")),
         *((name, ctypes.c_int64) for name in ("channels", "outputs", "height", "width")),
-        *((name, ctypes.c_void_p) for name in ("kernels", "turned", "scale", "shift")),
+        *((name, ctypes.c_void_p) for name in ("kernels", "flipped", "scale", "shift")),
         ("epsilon", ctypes.c_float),
     )
 
 
 class _Layers:
-    """Convolution, instance norm, ReLU and pooling, and the weights as the kernels take them."""
+    """Convolution, instance norm, ReLU and pooling, and their weights packed for the kernels."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.GroupNorm, *, of_images: bool) -> None:
         self.conv, self.norm, self.of_images = conv, norm, of_images
 
     def refresh(self) -> None:
-        """Take the weights as they are now."""
+        """Repack the current weights for the kernels."""
         weight = self.conv.weight.detach()  # (O, C, 3, 3)
         # New tensors: the backward pass of an earlier forward pass needs those that it had.
         if self.of_images:
             back = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C)
             kernels = _panels(back.mT)
-            turned = _panels(F.pad(back, (0, -back.shape[1] % PANEL)).unflatten(0, (-1, PANEL)))
+            flipped = _panels(F.pad(back, (0, -back.shape[1] % PANEL)).unflatten(0, (-1, PANEL)))
         else:
             outputs, channels = weight.shape[:2]
-            kernels, turned = weight.new_empty(2, 36, channels * outputs)
-            _call("transform_kernels", weight.contiguous(), channels, outputs, kernels, turned)
+            kernels, flipped = weight.new_empty(2, 36, channels * outputs)
+            _call("transform_kernels", weight.contiguous(), channels, outputs, kernels, flipped)
         scale, shift = self.norm.weight.detach().clone(), self.norm.bias.detach().clone()
-        self.weights = kernels, turned, scale, shift
+        self.weights = kernels, flipped, scale, shift
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,38 +113,41 @@ class _Pass(torch.autograd.Function):
         more = 2 * int(layers.conv.padding[0]) - 2
         height, width = (x.shape[1] + more, x.shape[2] + more) if layers.of_images else x.shape[2:4]
         pooled = x.new_empty(n, panels, height // 2, width // 2, PANEL)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         if any(ctx.needs_input_grad):
-            kept += [x.new_empty(n, panels, height, width, PANEL), x.new_empty(n, panels, 2, PANEL)]
+            saved += [
+                x.new_empty(n, panels, height, width, PANEL),
+                x.new_empty(n, panels, 2, PANEL),
+            ]
         block = layers.block(height, width)
-        _run("block_forward", ctypes.byref(block), n, x, pooled, *kept or (None, None))
-        ctx.save_for_backward(*kept, *([x] if parameters else []))
+        _run("block_forward", ctypes.byref(block), n, x, pooled, *saved or (None, None))
+        ctx.save_for_backward(*saved, *([x] if parameters else []))
         ctx.block, ctx.weights, ctx.shape = block, layers.weights, x.shape
         ctx.shapes = [parameter.shape for parameter in parameters]
         return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        block, slope = ctypes.byref(ctx.block), slope.contiguous()
-        of_x = slope.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        block, gradient = ctypes.byref(ctx.block), gradient.contiguous()
+        of_x = gradient.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         if not ctx.shapes:
-            _run("block_backward", block, len(slope), slope, *ctx.saved_tensors, of_x)
+            _run("block_backward", block, len(gradient), gradient, *ctx.saved_tensors, of_x)
             return of_x, None
         maps, statistics, x = ctx.saved_tensors
-        gradients = [slope.new_empty(shape) for shape in ctx.shapes]
-        arguments = (slope, x, maps, statistics, *gradients, of_x)
-        _call("block_backward_weights", block, len(slope), *arguments)
+        gradients = [gradient.new_empty(shape) for shape in ctx.shapes]
+        arguments = (gradient, x, maps, statistics, *gradients, of_x)
+        _call("block_backward_weights", block, len(gradient), *arguments)
         return of_x, None, *gradients
 
 
 def _run(name: str, *arguments: Any) -> None:
-    """A function of the library, on as many threads as PyTorch has."""
+    """Call a function of the library on as many threads as PyTorch has."""
     _call(name, *arguments, torch.get_num_threads())
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """A function of the library; it releases the interpreter's lock."""
+    """Call a function of the library; ctypes releases the interpreter's lock."""
     kernels = library()
     assert kernels is not None
     getattr(kernels, name)(*map(_argument, arguments))
@@ -173,7 +176,7 @@ class NativeConvNet:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the weights as they are now."""
+        """Repack the current weights for the kernels."""
         for layers in self.layers:
             layers.refresh()
 
@@ -192,7 +195,7 @@ class NativeConvNet:
 
 
 def native(model: nn.Module, *, training: bool = False) -> NativeConvNet | None:
-    """The model's features by the kernels; None where there are none: for other networks than a
+    """The model's features by the kernels; None if they do not apply: for other networks than a
     ConvNet with instance norm in float32 on a CPU, of a width that is a multiple of 16, and without
     a C++ compiler.
     """
@@ -235,16 +238,16 @@ def kernel_logits(model: nn.Module, *, training: bool) -> KernelLogits | None:
 
 
 class _Side(ctypes.Structure):
-    """`Side` of kernels.cpp."""
+    """`Side` of native/kernels.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "slopes", "samples")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "gradients", "samples")),
         ("count", ctypes.c_int64),
     )
 
 
 def can_sum_draws(t: Tensor) -> bool:
-    """Whether `add_scale_gradient` is there for these frequencies (K, D)."""
+    """Whether `add_scale_gradient` supports these frequencies (K, D)."""
     fit = t.device.type == "cpu" and t.dtype == torch.float32 and t.shape[1] % PANEL == 0
     return fit and library() is not None
 
@@ -258,16 +261,16 @@ def add_scale_gradient(
     """Add to total (M, D), in float64, the sums, over the K / M neighbouring frequencies of each
     component, of frequencies t (K, D) times the gradient w.r.t. them: in whole units, rounded.
 
-    A side of the discrepancy is the cosines and sines of its angles, (N, K) each, the slope w.r.t.
-    the sums of both (2, K), and the samples (N, D).
+    A side of the discrepancy is the cosines and sines of its angles, (N, K) each, the gradient
+    w.r.t. the sums of both (2, K), and the samples (N, D).
     """
-    kept = [
-        [tensor.contiguous() for tensor in (*waves, slope, samples)]
-        for waves, slope, samples in sides
+    saved = [
+        [tensor.contiguous() for tensor in (*cos_sin, gradient, samples)]
+        for cos_sin, gradient, samples in sides
     ]
-    array = (_Side * len(kept))(
-        *(_Side(*(tensor.data_ptr() for tensor in side), len(side[-1])) for side in kept)
+    array = (_Side * len(saved))(
+        *(_Side(*(tensor.data_ptr() for tensor in side), len(side[-1])) for side in saved)
     )
     t, (components, dim) = t.contiguous(), total.shape
     sizes = components, len(t) // components, dim
-    _run("add_scale_gradient", array, len(kept), t, *sizes, total, ctypes.c_float(unit))
+    _run("add_scale_gradient", array, len(saved), t, *sizes, total, ctypes.c_float(unit))

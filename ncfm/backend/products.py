@@ -1,4 +1,4 @@
-"""Matrix products at the speed of convolutions."""
+"""Matrix products through oneDNN."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, or batches of them, without autograd. Single ones in float32 on a CPU by
-    oneDNN, as convolutions are: on AMD's processors MKL, which `@` asks, is half as fast.
+    """a @ b of matrices, or batches of them, without autograd. Single float32 matrices on a CPU go
+    through oneDNN, as convolutions do: on AMD processors MKL, which `@` uses, is half as fast.
     """
     if a.ndim == 3 and len(a) == 1:
         return product(a[0], b[0] if b.ndim == 3 else b)[None]

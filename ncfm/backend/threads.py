@@ -1,4 +1,4 @@
-"""Parts of a batch on several threads: the same numbers on however many."""
+"""Thread map whose result does not depend on the number of threads."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +11,9 @@ Map = Callable[..., Iterable[Any]]
 
 
 @contextmanager
-def mapped(threads: int) -> Iterator[Map]:
-    """What maps a function over parts, as `map` does, on so many threads, an operation in each of
-    which uses one core. Grad mode is a thread's own: the function sets it.
+def thread_map(threads: int) -> Iterator[Map]:
+    """A `map` over the parts of a batch on so many threads, each operation on one core. Grad mode
+    is per thread: the mapped function sets it.
     """
     if threads == 1:
         yield map

@@ -55,9 +55,9 @@ class TorchvisionClassifier(Classifier):
         if channels not in (1, 3):
             raise ValueError(f"{name} takes images of 1 or 3 channels, got {channels}")
         sizes = sorted({max(image_size, SIZES[0]), *SIZES})
-        with torch.device("cpu"):  # some of them read their own tensors while they are made
-            found = ((size, _fitting(name, size)) for size in sizes if size >= image_size)
-            size, body = next(((size, net) for size, net in found if net), (0, None))
+        with torch.device("cpu"):  # some read their own tensors during construction
+            candidates = ((size, _fitting(name, size)) for size in sizes if size >= image_size)
+            size, body = next(((size, net) for size, net in candidates if net), (0, None))
             if body is None:
                 raise ValueError(f"{name} takes images of none of the sizes {sizes}")
             super().__init__(nn.Identity(), _take_head(name, body), num_classes)
@@ -77,7 +77,7 @@ def _fitting(name: str, size: int) -> nn.Module | None:
 
 
 def _construct(name: str, size: int) -> nn.Module:
-    """The network with random weights; those that are made for one size, for this one."""
+    """The network with random weights; networks of a fixed input size get this one."""
     from torchvision import models
 
     options: dict[str, object] = {}

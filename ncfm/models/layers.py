@@ -67,7 +67,7 @@ class AveragePool(nn.Module):
 
 
 class _Pool(torch.autograd.Function):
-    """Rows of two, side by side, times what averages them; the way back is the transpose."""
+    """Pairs of rows times the averaging matrix; the backward pass multiplies by its transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return product(slope.reshape(-1, rows.shape[1]), rows.mT).view(ctx.shape), None
+        return product(gradient.reshape(-1, rows.shape[1]), rows.mT).view(ctx.shape), None
 
 
 def padded_size(image_size: int) -> int:

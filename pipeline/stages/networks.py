@@ -19,7 +19,7 @@ from ncfm import load
 from ncfm.baselines import herding_set, random_set
 from ncfm.curation import CurateConfig, ViewLabels, view_label_bytes
 from ncfm.curation import curate as add_soft_labels
-from ncfm.evaluate import judge
+from ncfm.evaluate import train_and_test
 from ncfm.images import ImageSource, Relabelled
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
@@ -181,7 +181,7 @@ class EvaluationTask:
             train_on, test_on = (Relabelled(s, self.classes) for s in (train_on, test_on))
         hard = _HARD.get(self.set)
         tail = dataclasses.replace(self, set=hard) if hard else None
-        judged = judge(
+        judged = train_and_test(
             train_on,
             test_on,
             spec,
@@ -191,7 +191,7 @@ class EvaluationTask:
             device=device,
             tail=tail.training_set(device) if tail else None,
             tail_epochs=self.hard_epochs,
-            legacy_every=self.legacy_every,
+            test_every=self.legacy_every,
             threads=threads,
             relabel=self._view_labels(device) if self.is_relabelled else None,
         )
@@ -202,7 +202,7 @@ class EvaluationTask:
             "confusion": judged.confusion.tolist()
             if spec.num_classes <= CONFUSION_CLASSES
             else None,
-            "legacy": judged.legacy,
+            "legacy": judged.best_test_accuracy,
         }
 
 

@@ -29,7 +29,7 @@ from reference_loop import plain
 
 import ncfm.evaluate
 import ncfm.train
-from ncfm.evaluate import judge
+from ncfm.evaluate import train_and_test
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import Classifier, build_model
 from pipeline.cli import PRESETS, parse_command
@@ -81,7 +81,7 @@ def serve(variant: str, pipe: Connection) -> None:
         epochs = epochs or (whole if count == WHOLE else training.epochs)
         settings = dataclasses.replace(training, epochs=epochs)
         sets = stripes(count, 0), test
-        return judge(
+        return train_and_test(
             *sets, spec, model=config.model, training=settings, seed=seed, threads=threads
         ).accuracy
 

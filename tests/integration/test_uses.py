@@ -6,16 +6,16 @@ from pathlib import Path
 import golden
 import pytest
 import torch
-from pipeline.errors import UsageError
 from tiny import copied, stage
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 import ncfm
-from ncfm.evaluate import judge
+from ncfm.evaluate import train_and_test
 from ncfm.images import InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.train import TrainConfig
+from pipeline.errors import UsageError
 from pipeline.stages.continual import CONTINUAL_VERSION, ContinualConfig, moments
 from pipeline.stages.search_proxy import SEARCH_PROXY_VERSION, proxy_content, rank_correlation
 
@@ -107,7 +107,7 @@ def test_an_exported_set_trains_as_the_loaded_one(tiny: tuple[Path, Path]) -> No
     model, training = ModelConfig(depth=2, width=8), TrainConfig(epochs=8, lr=0.05)
     found = [
         [
-            judge(
+            train_and_test(
                 InMemoryImages(*data),
                 InMemoryImages(*initial.decode()),
                 loaded.spec,

@@ -18,7 +18,7 @@ from ncfm.discrepancy import (
     empirical_cf,
     linear_mmd,
     ncfd,
-    ncfd_slopes,
+    ncfd_gradient,
     phase_part,
     sampling_floor,
     squared_difference,
@@ -141,21 +141,21 @@ def test_gradient_against_finite_differences(alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_slopes_written_out(alpha: float, batch: tuple[int, ...]) -> None:
+def test_gradients_written_out(alpha: float, batch: tuple[int, ...]) -> None:
     parts = [normal(*batch, 9, seed=i).div(3).requires_grad_() for i in range(4)]
     x, y = CF(*parts[:2]), CF(*parts[2:])
     expected = torch.autograd.grad(ncfd(x, y, alpha).sum(), parts)
-    found = [part for phi in ncfd_slopes(x, y, alpha) for part in phi]
+    found = [part for phi in ncfd_gradient(x, y, alpha) for part in phi]
     torch.testing.assert_close([part.detach() for part in found], list(expected))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("distance", [0.0, 1e-12, 1e-6])
-def test_slopes_written_out_stay_finite(alpha: float, distance: float) -> None:
+def test_gradients_written_out_stay_finite(alpha: float, distance: float) -> None:
     """Where the CFs meet, and where both vanish."""
     x = CF(torch.tensor([0.0, 0.3]), torch.tensor([0.0, -0.2]))
     y = CF(x.real + distance, x.imag - distance)
-    for part in itertools.chain(*ncfd_slopes(x, y, alpha)):
+    for part in itertools.chain(*ncfd_gradient(x, y, alpha)):
         assert torch.isfinite(part).all()
         assert part.abs().max() <= 1
 

@@ -10,9 +10,9 @@ from test_train import MODEL, QUICK, SPEC, two_classes
 from ncfm.evaluate import (
     confidence_interval,
     confusion_matrix,
-    judge,
     ranking_measures,
     repeats_needed,
+    train_and_test,
 )
 from ncfm.images import InMemoryImages, Relabelled
 
@@ -36,12 +36,12 @@ def test_best_on_test_leaves_the_last_epoch_as_it_was() -> None:
     training = dataclasses.replace(QUICK, epochs=5)
     train_on, test_on = two_classes(16, 0), two_classes(64, 1)
     arguments = {"model": MODEL, "training": training, "seed": 3}
-    plain = judge(train_on, test_on, SPEC, **arguments)  # type: ignore[arg-type]
-    both = judge(train_on, test_on, SPEC, **arguments, legacy_every=1)  # type: ignore[arg-type]
-    assert plain.legacy is None
+    plain = train_and_test(train_on, test_on, SPEC, **arguments)  # type: ignore[arg-type]
+    both = train_and_test(train_on, test_on, SPEC, **arguments, test_every=1)  # type: ignore[arg-type]
+    assert plain.best_test_accuracy is None
     assert torch.equal(plain.confusion, both.confusion)
-    assert both.legacy is not None
-    assert both.legacy >= both.accuracy == plain.accuracy
+    assert both.best_test_accuracy is not None
+    assert both.best_test_accuracy >= both.accuracy == plain.accuracy
 
 
 def test_best_on_test_is_the_best_of_the_epochs() -> None:
@@ -49,7 +49,7 @@ def test_best_on_test_is_the_best_of_the_epochs() -> None:
     training = dataclasses.replace(QUICK, epochs=4, milestones=())
     train_on, test_on = two_classes(16, 0), two_classes(64, 1)
     each = [
-        judge(
+        train_and_test(
             train_on,
             test_on,
             SPEC,
@@ -59,9 +59,9 @@ def test_best_on_test_is_the_best_of_the_epochs() -> None:
         ).accuracy
         for epochs in (1, 2, 3, 4)
     ]
-    found = judge(
-        train_on, test_on, SPEC, model=MODEL, training=training, seed=5, legacy_every=1
-    ).legacy
+    found = train_and_test(
+        train_on, test_on, SPEC, model=MODEL, training=training, seed=5, test_every=1
+    ).best_test_accuracy
     assert found == max(each)
 
 

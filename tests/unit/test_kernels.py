@@ -13,7 +13,7 @@ from torch import Tensor
 from ncfm.augment import AugmentConfig
 from ncfm.backend import kernels
 from ncfm.backend.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
-from ncfm.communication import Alone
+from ncfm.communication import SingleProcess
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
@@ -186,7 +186,7 @@ def test_follow_every_blend() -> None:
     states = [(network(seed=i).state_dict(), network(seed=10 + i).state_dict()) for i in range(2)]
     pool = ExtractorPool(network(), states)
     frozen(pool.model)
-    features = pool.freeze()
+    features = pool.native_features()
     assert features is not None
     images, slope = torch.randn(2, 3, 16, 16), torch.ones(2, 512)
     passes = []
@@ -220,7 +220,7 @@ def test_others_have_none(config: ModelConfig, caplog: pytest.LogCaptureFixture)
 def psi_gradients(x: list[Tensor], y: list[Tensor], t: Tensor, components: int) -> list[Tensor]:
     gradients = []
     for a, b in zip(x, y, strict=True):
-        match = Match([a], [b], t, Alone(), kernels=True)
+        match = Match([a], [b], t, SingleProcess(), kernels=True)
         match.objective(FrequencyConfig(sampler="psi"), 0.5)
         total = torch.zeros(components, t.shape[1], dtype=torch.float64)
         match.add_scale_gradients(total, UNIT)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ncfm.matching
 from ncfm.backend.products import product
-from ncfm.communication import Alone
+from ncfm.communication import SingleProcess
 from ncfm.discrepancy import empirical_cf, linear_mmd, ncfd
 from ncfm.frequencies import FrequencyConfig, psi_objective
 from ncfm.matching import GROUP_SAMPLES, Match
@@ -50,7 +50,7 @@ def test_classes_of_the_same_sizes_are_together(
 ) -> None:
     monkeypatch.setitem(GROUP_SAMPLES, "cpu", samples)
     x, y, t = features
-    match = Match(x, y, t, Alone())
+    match = Match(x, y, t, SingleProcess())
     assert [len(part) for part in match.x] == groups
     assert [group.stop - group.start for group in match.groups] == groups
 
@@ -58,7 +58,7 @@ def test_classes_of_the_same_sizes_are_together(
 @pytest.mark.parametrize("alpha", [0.5, 0.2, 0.9])
 def test_the_descent(features: tuple[list[Tensor], list[Tensor], Tensor], alpha: float) -> None:
     x, y, t = features
-    values, gradients = Match(x, y, t, Alone()).descent(alpha)
+    values, gradients = Match(x, y, t, SingleProcess()).descent(alpha)
     for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
         leaf = b.clone().requires_grad_()
         expected = ncfd(empirical_cf(a, t), empirical_cf(leaf, t), alpha)
@@ -81,7 +81,7 @@ def test_the_ascent(
     monkeypatch.setattr(ncfm.matching, "BLOCK_FREQS", 4)  # several blocks
     x, y, t = features
     config = FrequencyConfig(sampler="psi", objective=objective)
-    match = Match(x, y, t, Alone())
+    match = Match(x, y, t, SingleProcess())
     match.descent(alpha)  # leaves nothing behind
     values = match.objective(config, alpha)
     leaf = torch.zeros(components, DIM, dtype=torch.float64, requires_grad=True)
@@ -103,7 +103,7 @@ def test_what_psi_s_gradient_adds_up_is_whole(
     features: tuple[list[Tensor], list[Tensor], Tensor],
 ) -> None:
     x, y, t = features
-    match = Match(x, y, t, Alone())
+    match = Match(x, y, t, SingleProcess())
     match.objective(FrequencyConfig(sampler="psi"), 0.5)
     total = torch.full((5, DIM), 3.0, dtype=torch.float64)
     match.add_scale_gradients(total, 1e-4)
@@ -118,7 +118,10 @@ def test_the_members_of_a_group_count_every_sample_once(
 ) -> None:
     """Shares of psi's gradient add up to the whole one; here the others' sums are known."""
     x, y, t = features
-    config, whole = FrequencyConfig(sampler="psi", objective="ratio"), Match(x, y, t, Alone())
+    config, whole = (
+        FrequencyConfig(sampler="psi", objective="ratio"),
+        Match(x, y, t, SingleProcess()),
+    )
     whole.objective(config, 0.5)
     expected = scale_gradient(whole, 5)
 
@@ -148,7 +151,7 @@ def test_the_members_of_a_group_count_every_sample_once(
 @pytest.mark.parametrize("objective", ["mmd", "mmd_raw"])
 def test_linear_mmd(objective: str, features: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
     x, y, t = features
-    values, gradients = OBJECTIVES[objective](Comparison(t=t, communicator=Alone()))(x, y)
+    values, gradients = OBJECTIVES[objective](Comparison(t=t, communicator=SingleProcess()))(x, y)
     for a, b, value, gradient in zip(x, y, values, gradients, strict=True):
         leaf = b.clone().requires_grad_()
         expected = linear_mmd(a, leaf)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncfm.communication import Alone, own_parts
+from ncfm.communication import SingleProcess, own_parts
 from ncfm.discrepancy import empirical_cf, ncfd
 from ncfm.objectives import NCFD, OBJECTIVES, Comparison, group_means, median_distances
 
@@ -37,18 +37,20 @@ def features(*counts: int, dim: int = 128, seed: int = 0) -> list[Tensor]:
 def test_the_median_distance_is_about_that_of_all_pairs() -> None:
     for scale in (1.0, 30.0):
         x = [scale * part for part in features(200, 50, 11)]
-        found = median_distances(x, Alone())
+        found = median_distances(x, SingleProcess())
         for part, median in zip(x, found, strict=True):
             pairs = torch.pdist(part).median()
             assert float(median) == pytest.approx(float(pairs), rel=0.06)
-    assert float(found[0]) > 10 * float(median_distances(features(200), Alone()))  # a control
-    assert median_distances([torch.ones(4, 3)], Alone()).tolist() == [1.0]
+    assert float(found[0]) > 10 * float(
+        median_distances(features(200), SingleProcess())
+    )  # a control
+    assert median_distances([torch.ones(4, 3)], SingleProcess()).tolist() == [1.0]
 
 
 def test_members_of_a_group_find_the_same_median() -> None:
     x = features(20, 7, 2)
-    whole = median_distances(x, Alone())
-    means, _ = group_means(x, Alone())
+    whole = median_distances(x, SingleProcess())
+    means, _ = group_means(x, SingleProcess())
     shares, distances = [], []
     for member in range(3):
         own = own_parts(x, Member(member, []))
@@ -75,9 +77,9 @@ def test_ncfd_in_units_of_the_median(alpha: float) -> None:
     """
     x, y = features(30, 9), features(4, 3, seed=1)
     t = torch.randn(64, 128, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    comparison = Comparison(t=t, communicator=Alone(), alpha=alpha, median=True)
+    comparison = Comparison(t=t, communicator=SingleProcess(), alpha=alpha, median=True)
     values, gradients = NCFD(comparison)(x, y)
-    units = median_distances(x, Alone())
+    units = median_distances(x, SingleProcess())
     for a, b, unit, value, gradient in zip(x, y, units, values, gradients, strict=True):
         leaf = b.clone().requires_grad_()
         expected = ncfd(empirical_cf(a / unit, t), empirical_cf(leaf / unit, t), alpha)
@@ -86,7 +88,7 @@ def test_ncfd_in_units_of_the_median(alpha: float) -> None:
     longer = NCFD(comparison)([7 * part for part in x], [7 * part for part in y])
     torch.testing.assert_close(longer[0], values)
     torch.testing.assert_close(longer[1][0], gradients[0] / 7)
-    plain, _ = NCFD(Comparison(t=t, communicator=Alone(), alpha=alpha))(x, y)
+    plain, _ = NCFD(Comparison(t=t, communicator=SingleProcess(), alpha=alpha))(x, y)
     assert not torch.allclose(plain, values, rtol=0.01)  # negative control
 
 
@@ -94,7 +96,7 @@ def test_objectives_without_frequencies_have_nothing_for_psi() -> None:
     without = [name for name, made in OBJECTIVES.items() if not made.uses_frequencies]
     assert without == ["mmd", "mmd_raw"]
     t = torch.zeros(1, 128, dtype=torch.float64)
-    objective = OBJECTIVES["mmd"](Comparison(t=t, communicator=Alone()))
+    objective = OBJECTIVES["mmd"](Comparison(t=t, communicator=SingleProcess()))
     objective(features(5), features(3))
     assert objective.match is None
     with pytest.raises(NotImplementedError, match="mmd"):

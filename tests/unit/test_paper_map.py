@@ -3,16 +3,11 @@
 import importlib
 import pkgutil
 import re
-from pathlib import Path
 from typing import Any
 
 import ncfm
 
-TABLE = [
-    line
-    for line in Path(ncfm.__file__).with_name("README.md").read_text().splitlines()
-    if line.startswith("| ")
-][1:]
+TABLE = [line for line in (ncfm.__doc__ or "").splitlines() if line.startswith("| ")][1:]
 MODULES = {
     m.name: importlib.import_module(f"ncfm.{m.name}") for m in pkgutil.iter_modules(ncfm.__path__)
 }

@@ -9,7 +9,7 @@ from test_distill import EVERYTHING, FREQUENCIES, make, real_batch
 from torch import Tensor
 
 from ncfm.backend.kernels import library
-from ncfm.communication import Alone
+from ncfm.communication import SingleProcess
 from ncfm.discrepancy import CF, empirical_cf
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler
 from ncfm.psi import (
@@ -17,7 +17,7 @@ from ncfm.psi import (
     HeldOut,
     PsiGradient,
     between_classes,
-    between_classes_slopes,
+    between_classes_gradient,
     split_held_out,
 )
 
@@ -67,13 +67,13 @@ def test_the_value_is_that_of_all_pairs(
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_slopes(counts: tuple[int, ...], generator: torch.Generator) -> None:
+def test_gradients(counts: tuple[int, ...], generator: torch.Generator) -> None:
     x = class_features(generator, counts, 5)
     t = torch.randn(40, 5, generator=generator, dtype=torch.float64)
     phi, sizes = stacked_cf(x, t), torch.tensor(counts, dtype=torch.float64)[:, None]
     leaves = CF(*(part.clone().requires_grad_() for part in phi))
     expected = torch.autograd.grad(between_classes(leaves, sizes), list(leaves))
-    for found, right in zip(between_classes_slopes(phi, sizes), expected, strict=True):
+    for found, right in zip(between_classes_gradient(phi, sizes), expected, strict=True):
         torch.testing.assert_close(found, right)
 
 
@@ -110,7 +110,7 @@ def test_the_gradient_of_the_scales(generator: torch.Generator) -> None:
         found.add_between_classes(parts, classes, t.detach(), communicator)  # type: ignore[arg-type]
         return found
 
-    whole = gradient(x, [0, 1, 2], Alone())
+    whole = gradient(x, [0, 1, 2], SingleProcess())
     torch.testing.assert_close(whole.total * GRADIENT_GRID, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(whole.values, value.detach().expand(3))
     sums = [
@@ -155,9 +155,9 @@ def test_psi_learns_the_dimension_in_which_classes_differ(generator: torch.Gener
     for step in range(200):
         t, log_scales = psi.draw(torch.Generator().manual_seed(step))
         ascent = PsiGradient(log_scales, 2)
-        ascent.add_between_classes(classes(), [0, 1], t, Alone())
+        ascent.add_between_classes(classes(), [0, 1], t, SingleProcess())
         optimizer.zero_grad()
-        ascent.backward(Alone())
+        ascent.backward(SingleProcess())
         optimizer.step()
     assert sum(told_apart(1000 + i) for i in range(20)) > 1.15 * before
     noise = torch.randn(64, 4, generator=generator)
@@ -216,7 +216,7 @@ def test_the_native_kernels_give_the_same_gradient(generator: torch.Generator) -
     totals = []
     for kernels in (False, True):
         ascent = PsiGradient(log_scales, 3)
-        ascent.add_between_classes(x, [0, 1, 2], t, Alone(), kernels=kernels)
+        ascent.add_between_classes(x, [0, 1, 2], t, SingleProcess(), kernels=kernels)
         totals.append(ascent.total * GRADIENT_GRID)
     torch.testing.assert_close(*totals, rtol=1e-4, atol=1e-6)
     assert float(totals[0].abs().max()) > 1e-3

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ncfm.train
 from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding, herding_set, random_set
-from ncfm.evaluate import accuracy, confusion_matrix, judge
+from ncfm.evaluate import accuracy, confusion_matrix, train_and_test
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig, build_model
 from ncfm.train import EpochReport, TrainConfig, learning_rate, train
@@ -188,7 +188,7 @@ def test_evaluation_reports_the_last_epoch_and_looks_once_at_the_test_set() -> N
             return super().epoch(batch_size, generator)
 
     test_set = two_classes(32, 1)
-    value = judge(
+    value = train_and_test(
         two_classes(32, 0),
         Counted(test_set.images, test_set.labels),
         SPEC,

@@ -15,7 +15,7 @@ import torch
 from upath import UPath
 
 from ncfm.distill import NonFiniteLossError
-from ncfm.evaluate import judge
+from ncfm.evaluate import train_and_test
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
@@ -104,7 +104,7 @@ class TrialJob:
         synthetic = SyntheticSet(images, labels, job.synthetic.factor, spec)
         held_out = StoredImages(job.store, "select")
         return [
-            judge(
+            train_and_test(
                 synthetic.source(device=device),
                 held_out,
                 spec,

@@ -1,6 +1,6 @@
 """What a distillation does on its way: psi's scales, distances to held-out images, gradient noise.
 
-    python tests/benchmarks/study_watch.py --data FASHION_MNIST --out ncfm/study_watch.jsonl \
+    python study_watch.py --data FASHION_MNIST --out study_watch.jsonl \
         --ipc 1,10 --variants mmd,gaussian,psi-ratio --width 32 --steps 500 --chunk 16
 
 At ten moments of a run, with the pool's trained networks and without augmentation: the distances

@@ -1,6 +1,6 @@
 """The study's accuracies as one picture: a panel a setting, a dot a seed, a bar their mean.
 
-python tests/benchmarks/study_plot.py ncfm/study.jsonl --out ncfm/study.svg
+python study_plot.py study.jsonl --out study.svg
 """
 
 import argparse

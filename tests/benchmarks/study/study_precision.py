@@ -1,7 +1,7 @@
 """What the extractor in bfloat16 does to the images' gradient: noise that averages out, or a bias?
 
-    python tests/benchmarks/study_precision.py --data FASHION_MNIST --ipc 1,10 \
-        --out ncfm/study_precision.jsonl --width 32 --steps 500 --chunk 16
+    python study_precision.py --data FASHION_MNIST --ipc 1,10 \
+        --out study_precision.jsonl --width 32 --steps 500 --chunk 16
 
 At some moments of a run in float32, the gradients of the same steps in float32 (g) and in bfloat16
 (g + e), many steps from the same images. Appends a row a moment: squared norms of e and of the mean

@@ -1,6 +1,6 @@
 """Tables of the study's rows: mean over distillation seeds, paired differences, what could be seen.
 
-    python tests/benchmarks/study_tables.py ncfm/study.jsonl [--against gaussian]
+    python study_tables.py study.jsonl [--against gaussian]
 
 A seed's accuracy is the mean of its evaluation runs. The seeds of two variants share their first
 images, real batches, extractors and evaluation networks, so the differences are paired. How far a

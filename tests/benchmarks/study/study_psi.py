@@ -1,6 +1,6 @@
 """What psi can learn: do the networks of a pool agree on which dimensions need higher frequencies?
 
-    python tests/benchmarks/study_psi.py --data FASHION_MNIST --pool runs/study-pool --width 32
+    python study_psi.py --data FASHION_MNIST --pool runs/study-pool --width 32
 
 The gradient of psi's objective with respect to the log-scale of every feature dimension, at equal
 scales, on the initial images and after some distillation: its cosine between two real batches (and
@@ -17,7 +17,7 @@ import study
 import torch
 from torch import Tensor
 
-from ncfm.communication import Alone
+from ncfm.communication import SingleProcess
 from ncfm.formation import decode
 from ncfm.frequencies import FrequencyConfig
 from ncfm.matching import Match
@@ -53,7 +53,7 @@ def gradients(bench: study.Bench, images: Tensor, config: FrequencyConfig) -> Te
                 )
                 for c, real in enumerate(bench.by_class)
             ]
-            match = Match(x, y, z, Alone())
+            match = Match(x, y, z, SingleProcess())
             match.objective(config, 0.5)
             total = torch.zeros(1, z.shape[1], dtype=torch.float64)
             match.add_scale_gradients(total, GRADIENT_GRID)

@@ -1,6 +1,6 @@
-"""The study of `ncfm/STUDY.md`: one distillation of one variant, judged; no Ray.
+"""The study of README.md: one distillation of one variant, evaluated; no Ray.
 
-    python tests/benchmarks/study.py --data ../shared/data/fashion-mnist --out study.jsonl \
+    python study.py --data ../shared/data/fashion-mnist --out study.jsonl \
         --variants random,mmd,gaussian,psi-ratio --ipc 1,10 --seeds 0,1,2 --width 128 --steps 1000
 
 Every (variant, ipc, seed) appends one row to `--out`; rows that are there already are not computed
@@ -24,7 +24,7 @@ from ncfm.augment import AugmentConfig
 from ncfm.baselines import herding_set, random_set
 from ncfm.curation import CurateConfig, soft_labels
 from ncfm.distill import DistillConfig, Distiller
-from ncfm.evaluate import accuracy, judge
+from ncfm.evaluate import accuracy, train_and_test
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig, ScaleMixture
 from ncfm.images import ImageSpec, InMemoryImages
@@ -352,7 +352,7 @@ class Bench:
         teachers = map(self.trained, range(len(self.pool)))
         return soft_labels(made, teachers, CurateConfig(), device=self.device)
 
-    def judge(self, made: SyntheticSet, seed: int, *, soft: bool = False) -> list[float]:
+    def train_and_test(self, made: SyntheticSet, seed: int, *, soft: bool = False) -> list[float]:
         """Accuracies of fresh networks on the complete test set, after the last epoch."""
         args = self.args
         training = TrainConfig(
@@ -363,7 +363,7 @@ class Bench:
         images, labels = made.decode()
         source = InMemoryImages(images, self._soft_labels(made) if soft else labels)
         return [
-            judge(
+            train_and_test(
                 source, self.sets["val"], self.spec, model=self.model, training=training,
                 seed=keyed_seed(seed, "judge", r), device=self.device,
             ).accuracy
@@ -420,7 +420,7 @@ def main() -> None:
                 if (name, ipc, seed) in done:
                     continue
                 made, seen = bench.distil(name, ipc, seed)
-                values = bench.judge(made, seed, soft=VARIANTS[name].get("soft_labels", False))
+                values = bench.accuracies(made, seed, soft=VARIANTS[name].get("soft_labels", False))
                 row = {
                     "variant": name,
                     "ipc": ipc,
