@@ -9,6 +9,7 @@ an older one of the same measurement. `tables` writes RESULTS.md, the README's t
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -16,20 +17,26 @@ import re
 import statistics
 import subprocess
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import parse_command
+from pipeline.config import RunConfig
+from pipeline.methods import method_settings
+from pipeline.runtime.identity import dotted
+from pipeline.stages.protocols import protocol_settings
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "pipeline" / "presets"
 ROWS, PUBLISHED = PRESETS / "results.jsonl", PRESETS / "published.jsonl"
 NOT_THE_METHOD = ("name", "seed", "storage_path", "num_workers", "source", "runtime", "tracking",
     "use_gpu", "tune", "plan", "audit", "continual", "search_proxy", "export")  # fmt: skip
-MEASUREMENT = ("data", "ipc", "set", "network", "width", "seed", "steps", "evaluation_epochs",
-    "options")  # fmt: skip
+MEASUREMENT = ("data", "ipc", "set", "network", "width", "seed", "method", "steps",
+    "evaluation_epochs", "options")  # fmt: skip
+SHOWN = ("ipc", "method", "shard.image_size", "model.width", "distill.num_steps",
+    "evaluate.repeats", "evaluate.sets", "evaluate.training.epochs")  # fmt: skip
+"""Options that have columns of their own."""
 BEGIN, END = "<!-- results: made by tests/benchmarks/results.py -->", "<!-- end of results -->"
 
 Row = Mapping[str, Any]
@@ -40,33 +47,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name -> value."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 # ---------------------------------------------------------------------- record
 
 
-def rows_of(run: Path, data: str, machine: str) -> list[dict[str, Any]]:
+def rows_of(run: Path, data: str, preset: str, machine: str) -> list[dict[str, Any]]:
     """A row for each evaluated set and network of a run. Raises FileNotFoundError if the run is not
     finished.
     """
     config = tomllib.loads((run / "config.toml").read_text())
     evaluation = json.loads((run / "evaluation.json").read_text())
     stages = json.loads((run / "stages.json").read_text())
-    provenance = json.loads((run / "distilled" / "manifest.json").read_text())
-    command = parse_command(["--config", str(PRESETS / "fashionmnist_ipc10.toml")])
-    defaults = dict(flat(tomllib.loads(command.toml)))
+    provenance = json.loads((run / "distilled" / "manifest.json").read_text())["provenance"]
+    usual = json.loads(json.dumps(dataclasses.asdict(RunConfig())))  # lists, as TOML has them
+    protocol = protocol_settings(config["evaluate"]["protocol"])
+    defaults = dotted(usual) | json.loads(json.dumps(protocol)) | {"evaluate.protocol": "default"}
+    if method := config.get("method"):
+        sizes = {"ipc": config["ipc"], "image_size": config["shard"]["image_size"]}
+        defaults |= json.loads(json.dumps(method_settings(method, **sizes)))
     options = {
         name: value
-        for name, value in flat(config)
+        for name, value in dotted(config).items()
         if name.split(".")[0] not in NOT_THE_METHOD
-        and name not in ("ipc", "shard.image_size")
+        and name not in SHOWN
         and value != defaults.get(name)
     }
     hours = sum(stages[name]["seconds"] for name in ("pretrain", "distill", "evaluate")) / 3600
@@ -74,7 +76,7 @@ def rows_of(run: Path, data: str, machine: str) -> list[dict[str, Any]]:
     for row in evaluation["rows"]:
         found = {
             "data": data,
-            "preset": config["name"],
+            "preset": preset,
             "ipc": config["ipc"],
             "set": row["set"],
             "network": row["network"],
@@ -98,25 +100,15 @@ def rows_of(run: Path, data: str, machine: str) -> list[dict[str, Any]]:
 
 def key(row: Row) -> str:
     """What makes two rows the same measurement."""
-    names = (
-        "data",
-        "ipc",
-        "set",
-        "network",
-        "width",
-        "seed",
-        "steps",
-        "evaluation_epochs",
-        "options",
-    )
-    return json.dumps([row[name] for name in names], sort_keys=True)
+    return json.dumps([row[name] for name in MEASUREMENT], sort_keys=True)
 
 
-def record(runs: Iterable[Path], data: str, machine: str) -> None:
+def record(runs: Iterable[Path], data: str, preset: str | None, machine: str) -> None:
     """Add the rows of runs to the file of rows."""
     rows = {key(row): row for row in read_jsonl(ROWS)}
     for run in runs:
-        rows |= {key(row): row for row in rows_of(run, data, machine)}
+        used = preset or (run.name if (PRESETS / f"{run.name}.toml").exists() else "")
+        rows |= {key(row): row for row in rows_of(run, data, used, machine)}
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
@@ -164,11 +156,17 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
 
 
+def of_publications(published: Iterable[Row], data: str, ipc: int) -> list[Row]:
+    """What was published for these images; `CIFAR-10 (JPEG)` is beside what was for CIFAR-10."""
+    name = data.partition(" (")[0]
+    return [row for row in published if (row["data"], row["ipc"]) == (name, ipc)]
+
+
 def readme_table(rows: Sequence[Row], published: Sequence[Row]) -> str:
     """The best of ours, beside the best that was published."""
     lines = [["Data", "images per class", "test accuracy %", "networks", "steps", "published %"]]
     for (data, ipc), group in sorted(best(rows).items()):
-        others = [row for row in published if (row["data"], row["ipc"]) == (data, ipc)]
+        others = of_publications(published, data, ipc)
         top = max(others, key=lambda row: row["accuracy"], default=None)
         lines.append([
             data, str(ipc), accuracy(group), networks(group), f"{group[0]['steps']:,}",
@@ -199,25 +197,26 @@ def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
         "*Hours*: of pretraining, distillation and evaluation together, on all of the machine.",
     ]
     for data, ipc in sorted({(row["data"], row["ipc"]) for row in rows}):
-        lines = [["set", "accuracy %", "best on test %", "sets x networks", "steps", "epochs",
-                  "hours", "options", "commit"]]  # fmt: skip
+        lines = [["set", "method", "accuracy %", "best on test %", "sets x networks", "steps",
+                  "epochs", "hours", "options", "commit"]]  # fmt: skip
         mine = [row for row in rows if (row["data"], row["ipc"]) == (data, ipc)]
         for group in sorted(groups(mine), key=mean_of, reverse=True):
             first = group[0]
             options = ", ".join(f"`{name}={value}`" for name, value in first["options"].items())
             lines.append([
-                first["set"], accuracy(group),
+                first["set"], first["method"] or "ours", accuracy(group),
                 accuracy(group, "best_on_test") if "best_on_test" in first else "",
                 networks(group), f"{first['steps']:,}", f"{first['evaluation_epochs']:,}",
                 hours(group), options,
                 first["commit"][:9],
             ])  # fmt: skip
         parts += [f"## {data}, {ipc} image{'s' * (ipc > 1)} per class", table(lines)]
-        others = [row for row in published if (row["data"], row["ipc"]) == (data, ipc)]
+        others = of_publications(published, data, ipc)
         if others:
             listed = sorted(others, key=lambda row: -row["accuracy"])
             texts = [f"{row['method']} {row['accuracy']:.1f}" for row in listed]
-            parts.append("Published by their authors: " + ", ".join(texts) + ".")
+            where = ", on the original images" * ("(" in data)
+            parts.append(f"Published by their authors{where}: {', '.join(texts)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -261,11 +260,12 @@ def main() -> None:
     recorder = commands.add_parser("record")
     recorder.add_argument("runs", nargs="+", type=Path)
     recorder.add_argument("--data", required=True, help="what tables call the data")
+    recorder.add_argument("--preset", help="the preset used; default: that of the run's name")
     recorder.add_argument("--machine", default=f"{os.cpu_count()} cores, {processor()}")
     commands.add_parser("tables")
     arguments = parser.parse_args()
     if arguments.command == "record":
-        record(arguments.runs, arguments.data, arguments.machine)
+        record(arguments.runs, arguments.data, arguments.preset, arguments.machine)
     else:
         for path, text in documents().items():
             path.write_text(text)

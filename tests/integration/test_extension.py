@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's six extensions, as a user's own package, in one run from its source to its stage."""
+"""CONTRIBUTING.md's six extensions as a user's own package, in one run from source to stage."""
 
 import json
 import os

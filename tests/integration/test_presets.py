@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from pipeline.cli import PRESETS, parse_command
 
 from ncfm.distill import Distiller
 from ncfm.extractors import ExtractorPool
@@ -12,6 +11,7 @@ from ncfm.images import ImageSpec
 from ncfm.models import build_model
 from ncfm.seeding import keyed_generator
 from ncfm.synthetic import initial_images
+from pipeline.cli import PRESETS, parse_command
 from pipeline.config import RunConfig
 
 # data set -> (classes, channels, image size, depth, IPCs); the paper's section 5 and DC's table 1.
@@ -58,6 +58,9 @@ def test_the_preset_is_the_cell_it_says(name: str) -> None:
     header = (PRESETS / f"{name}.toml").read_text().partition("\nipc =")[0]
     assert f"python pipeline/run.py --config pipeline/presets/{name}.toml" in header
     assert "Aims at" in header
+    assert re.search(
+        r"^# Measured: [\d.]+ ± |^# Not run: .* about [\d,]+ (hours|days)", header, re.MULTILINE
+    )
     assert all(line.startswith("#") for line in header.splitlines())
 
 

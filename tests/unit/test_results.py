@@ -19,7 +19,8 @@ SPEC.loader.exec_module(results)
 
 def row(**values: Any) -> dict[str, Any]:
     found = {"data": "D", "preset": "p", "ipc": 1, "set": "distilled", "network": "convnet"}
-    found |= {"width": 64, "seed": 0, "accuracy": [0.5, 0.6], "steps": 10, "evaluation_epochs": 5}
+    found |= {"width": 64, "seed": 0, "method": "", "accuracy": [0.5, 0.6], "steps": 10}
+    found |= {"evaluation_epochs": 5}
     return {**found, "options": {}, "hours": 1.0, "commit": "0123456789abc", **values}
 
 
@@ -59,7 +60,7 @@ def test_a_row_of_the_same_measurement_is_replaced(
     monkeypatch.setattr(results, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(results, "rows_of", lambda *_: [row(accuracy=[0.4])])
     for _ in range(2):
-        results.record([Path("run")], "D", "m")
+        results.record([Path("run")], "D", None, "m")
     (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert json.loads(line)["accuracy"] == [0.4]
 
