@@ -73,8 +73,8 @@ class DistillConfig:
     costs memory. Without effect but on a GPU, where it has not been measured yet."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of all that is computed. `bfloat16`: the extractor alone; features are compared in float32,
-    and images and psi are kept in it. On a CPU with bfloat16 instructions (AVX512_BF16, AMX) it makes
-    torch.compile's code up to 1.5 times faster, but the native kernels in float32 were faster
+    and images and psi are kept in it. On a CPU with bfloat16 instructions (AVX512_BF16, AMX) it
+    makes torch.compile's code up to 1.5 times faster, but the native kernels in float32 were faster
     still; what it does to gradients and accuracy: tests/benchmarks/study."""
 
     def __post_init__(self) -> None:

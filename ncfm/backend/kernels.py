@@ -1,5 +1,5 @@
-"""Native float32 CPU kernels (`native/kernels.cpp`): ConvNet features, frozen and in training, and psi's
-gradient.
+"""Native float32 CPU kernels (`native/kernels.cpp`): features of a ConvNet, frozen and in training,
+and psi's gradient.
 
 PyTorch's layers write each map to memory and read it again; here a block keeps its maps in a core's
 cache, with a quarter of the multiplications. A C++ compiler makes the kernels for the processor at
