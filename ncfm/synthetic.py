@@ -1,6 +1,5 @@
 """The synthetic set: initial images, storage format, and use as a data set."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.data import Dataset
 from upath import UPath
 
 from ncfm.formation import decode, decode_tiles, encode
 from ncfm.images import ImageSource, ImageSpec, epoch_order, to_unit
+from ncfm.tensor_files import file_sha256, read_tensors, write_tensors
 
 FORMAT, VERSION = "ncfm-synthetic", 1
 REQUIRED = ("factor", "channels", "image_size", "mean", "std", "class_names", "sha256")
@@ -175,8 +174,7 @@ class SyntheticSet:
         tensors = {"images": self.images, "labels": self.labels}
         if self.soft_labels is not None:
             tensors["soft_labels"] = self.soft_labels
-        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        (path / "synthetic.safetensors").write_bytes(data)
+        sha256 = write_tensors(path / "synthetic.safetensors", tensors)
         counts = torch.bincount(self.labels, minlength=self.spec.num_classes)
         manifest = {
             "format": FORMAT,
@@ -191,7 +189,7 @@ class SyntheticSet:
             "std": self.spec.std,
             "class_names": self.spec.class_names,
             "labels": self.labels.tolist(),
-            "sha256": {"synthetic.safetensors": hashlib.sha256(data).hexdigest()},
+            "sha256": {"synthetic.safetensors": sha256},
             "provenance": dict(self.provenance),
         }
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -200,7 +198,8 @@ class SyntheticSet:
 def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
     """Read what `SyntheticSet.save` wrote.
 
-    Raises FileNotFoundError if it is not there, ValueError if it is of another format or its bytes
+    A local one is not read into memory: its images are a memory map of the file. Raises
+    FileNotFoundError if it is not there, ValueError if it is of another format or its bytes
     have changed.
     """
     path = UPath(directory)
@@ -219,13 +218,12 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
         )
     if missing := [key for key in REQUIRED if key not in manifest]:
         raise ValueError(f"{path / 'manifest.json'} lacks {', '.join(missing)}")
-    data = (path / "synthetic.safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != manifest["sha256"]["synthetic.safetensors"]:
+    if file_sha256(path / "synthetic.safetensors") != manifest["sha256"]["synthetic.safetensors"]:
         raise ValueError(
             f"{path / 'synthetic.safetensors'} is not the file its manifest describes: "
             "damaged or replaced"
         )
-    tensors = load(data)
+    tensors = read_tensors(path / "synthetic.safetensors")
     if absent := {"images", "labels"} - tensors.keys():
         raise ValueError(f"{path / 'synthetic.safetensors'} lacks {', '.join(sorted(absent))}")
     spec = ImageSpec(

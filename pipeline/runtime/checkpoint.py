@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from upath import UPath
 
+from ncfm.tensor_files import file_sha256, read_tensors
 from pipeline.runtime.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,31 @@ def load_checkpoint(
         else:
             return state
     return None
+
+
+def newest_whole_step(directory: UPath) -> int | None:
+    """The step of the newest checkpoint all parts of which are there and undamaged."""
+    for path in _steps(directory):
+        index = read_json(path / "checkpoint.json")
+        if index is None:
+            continue
+        if all(_is_whole(path / part, note) for part, note in index["parts"].items()):
+            return _step_of(path)
+        logger.warning("checkpoint %s is damaged; going back to the one before it", path)
+    return None
+
+
+def _is_whole(part: UPath, note: Mapping[str, Any]) -> bool:
+    return part.exists() and file_sha256(part) == note["sha256"]
+
+
+def checkpoint_tensors(directory: UPath, step: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a whole checkpoint by name, part after part: memory maps where its files are
+    local.
+    """
+    path = directory / f"step-{step:08d}"
+    for part in read_json(path / "checkpoint.json")["parts"]:
+        yield from read_tensors(path / part).items()
 
 
 def newest_step(directory: UPath) -> tuple[int, UPath] | None:

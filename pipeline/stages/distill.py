@@ -3,22 +3,27 @@
 import dataclasses
 import io
 import json
+import math
+import os
 import shlex
 import sys
+import tempfile
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from upath import UPath
 
 from ncfm.synthetic import SyntheticSet
-from pipeline.errors import StageError
+from pipeline.errors import StageError, StorageError
 from pipeline.graph import Stage
 from pipeline.observe.preview import preview_png
 from pipeline.observe.progress import append_rows, read_rows
 from pipeline.observe.tracking import TrackedRun
 from pipeline.runtime.assignment import most_workers
-from pipeline.runtime.checkpoint import load_checkpoint
+from pipeline.runtime.checkpoint import checkpoint_tensors, newest_whole_step
 from pipeline.runtime.directories import folder_names, replaced
 from pipeline.runtime.files import Manifest, read_json, write_atomic
 from pipeline.runtime.health import FATAL, fatal_error
@@ -28,6 +33,8 @@ from pipeline.stages.distill_loop import DistillJob, distill_loop
 from pipeline.stages.pretrain import Pretrain
 from pipeline.stages.shard import Shard
 
+PNG_CLASSES, PNG_IMAGES = 100, 10
+"""Of so many classes, so many images each are written as PNG."""
 DISTILL_VERSION = 2
 """To be raised when this stage's results change; see tests/integration/test_golden.py."""
 
@@ -125,26 +132,52 @@ def distill(
 
     Raises StageError if the loss became NaN or infinite: to start the workers again would not help.
     """
-    final = load_checkpoint(job.checkpoints)
-    if final is None or int(final["step"]) < job.distill.num_steps:
+    steps = job.distill.num_steps
+    if newest_whole_step(job.checkpoints) != steps:
         _run_workers(job, workers, name=run_directory.name, storage=storage)
-        final = load_checkpoint(job.checkpoints)
-    initial = load_checkpoint(job.checkpoints, at_most=0)
-    if initial is None or final is None or int(final["step"]) != job.distill.num_steps:
-        raise RuntimeError(
-            f"the workers ended without a first and a final checkpoint in {job.checkpoints}"
-        )
-    spec = job.store.spec
-    for name, state in (("initial", initial), ("distilled", final)):
-        images = [state[f"class/{c}/images"].float() for c in range(spec.num_classes)]
-        labels = torch.arange(spec.num_classes).repeat_interleave(job.ipc)
-        result = SyntheticSet(torch.cat(images), labels, job.synthetic.factor, spec, provenance)
-        write_set(run_directory / name, result)
-    return {
-        "steps": job.distill.num_steps,
-        "workers": workers.count,
-        "peak_rss_bytes": int(final["peak_rss_bytes"]),
-    }
+    peak, local = 0, run_directory if isinstance(run_directory, Path) else None
+    for name, step in (("initial", 0), ("distilled", steps)):
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=local) as scratch:
+            images, peak = images_of(job, step, Path(scratch) / "images.f32")
+            labels = torch.arange(job.store.spec.num_classes).repeat_interleave(job.ipc)
+            stored = (images, labels, job.synthetic.factor, job.store.spec, provenance)
+            write_set(run_directory / name, SyntheticSet(*stored))
+    return {"steps": steps, "workers": workers.count, "peak_rss_bytes": peak}
+
+
+def images_of(job: DistillJob, step: int, scratch: Path) -> tuple[Tensor, int]:
+    """The images (classes * ipc, C, H, W) of a checkpoint, class by class, as a memory map of the
+    file `scratch`: neither they nor the optimiser's state are ever in memory as a whole. And the
+    peak memory of a worker that its last step tells.
+    """
+    spec, peak = job.store.spec, 0
+    shape = (spec.num_classes * job.ipc, spec.channels, spec.image_size, spec.image_size)
+    images = _mapped(scratch, math.prod(shape)).view(shape)
+    for name, tensor in checkpoint_tensors(job.checkpoints, step):
+        match name.split("/"):
+            case ["class", c, "images"]:
+                images[int(c) * job.ipc : (int(c) + 1) * job.ipc] = tensor
+            case ["peak_rss_bytes"]:
+                peak = int(tensor)
+    return images, peak
+
+
+def _mapped(path: Path, size: int) -> Tensor:
+    """A memory map of a new file of so many float32. Raises StorageError if the disk has no room:
+    without it a later write would kill the process.
+    """
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 4 * size)
+            else:
+                for _ in range(size):
+                    file.write(bytes(4))
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}, {4 * size:,} bytes: {error.strerror or error}"
+        ) from error
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32)
 
 
 def _run_workers(job: DistillJob, workers: Workers, *, name: str, storage: UPath) -> None:
@@ -177,9 +210,13 @@ def write_set(directory: UPath, result: SyntheticSet) -> None:
 
 
 def _write_images(directory: UPath, result: SyntheticSet) -> None:
+    """The first images of the first classes; `export` writes all."""
     folders, seen = folder_names(result.class_names), dict[int, int]()
-    for image, label in zip(result.images, result.labels.tolist(), strict=True):
+    for index, label in enumerate(result.labels.tolist()):
         number = seen[label] = seen.get(label, -1) + 1
+        if label >= PNG_CLASSES or number >= PNG_IMAGES:
+            continue
+        image = result.images[index]
         folder = directory / folders[label]
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
