@@ -11,7 +11,13 @@ import torch
 from upath import UPath
 
 import pipeline.runtime.checkpoint
-from pipeline.runtime.checkpoint import CheckpointWriter, load_checkpoint, newest_step
+from pipeline.runtime.checkpoint import (
+    CheckpointWriter,
+    checkpoint_tensors,
+    load_checkpoint,
+    newest_step,
+    newest_whole_step,
+)
 
 
 def state_of(step: int, *classes: int) -> dict[str, torch.Tensor]:
@@ -112,6 +118,27 @@ def test_a_worker_reads_the_parts_of_its_classes(directory: UPath) -> None:
     assert {"step", "class/2/images"} <= state.keys()
     assert "class/1/images" not in state
     assert load_checkpoint(directory, classes=[1, 2]) is None
+
+
+def test_the_tensors_of_a_whole_checkpoint(directory: UPath) -> None:
+    """Part after part, without what a damaged newer one has."""
+    assert newest_whole_step(directory) is None
+    first, second = workers(directory, 2)
+    for step in (5, 6):
+        second.save(step, state_of(step, 1))
+        first.save(step, state_of(step, 0, 2))
+        first.wait()
+    assert newest_whole_step(directory) == 6
+    part = next((directory / "step-00000006").glob("part-0001-*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert newest_whole_step(directory) == 5
+    part.unlink()
+    assert newest_whole_step(directory) == 5
+    read = dict(checkpoint_tensors(directory, 5))
+    loaded = load_checkpoint(directory, at_most=5)
+    assert loaded is not None
+    assert read.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in read.items())
 
 
 def test_nothing_is_taken_for_the_work_of_a_dead_group(directory: UPath) -> None:
