@@ -10,10 +10,10 @@ from pathlib import Path
 import golden
 import pytest
 import torch
-from pipeline.errors import WorkerError
 from tiny import run, stage
 
 import ncfm
+from pipeline.errors import WorkerError
 from pipeline.observe.progress import read_rows
 from pipeline.stages.curate import CURATE_VERSION
 

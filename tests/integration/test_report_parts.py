@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.errors import UsageError
 from test_report import CLASSES, Page, remove, report, row, write_run
 from upath import UPath
 
 from ncfm import load
+from pipeline.errors import UsageError
 from pipeline.observe.preview import png, to_pixels
 from pipeline.observe.reporting.compare import compare_command, write_comparison
 from pipeline.observe.reporting.result_charts import confusion_chart

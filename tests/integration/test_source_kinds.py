@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pipeline.errors import SourceError
 from upath import UPath
 
 from pipeline.data.sources import (
@@ -27,6 +26,7 @@ from pipeline.data.sources import (
     open_source,
 )
 from pipeline.data.sources.folder import subset_folders
+from pipeline.errors import SourceError
 
 Row = tuple[str, str, bytes]  # split, class name, encoded image
 
@@ -265,6 +265,31 @@ def test_titles_are_no_part_of_the_fingerprint() -> None:
     assert source("abcd", b="beta").class_names == ("a", "beta", "c", "d")
     assert source("abcd", b="beta").fingerprint() == source("abcd").fingerprint()
     assert source("abcd").fingerprint() != source("abxd").fingerprint()
+
+
+def test_tiny_imagenet_as_its_authors_pack_it(tmp_path: Path) -> None:
+    """train/<wnid>/images/, val/images/ with val_annotations.txt, test/images/ without labels."""
+    wnids = ("n01443537", "n99999999")
+    for wnid in wnids:
+        folder = tmp_path / "train" / wnid
+        (folder / "images").mkdir(parents=True)
+        (folder / f"{wnid}_boxes.txt").write_text("x")
+        for number in range(3):
+            Image.new("RGB", (64, 64)).save(folder / "images" / f"{wnid}_{number}.JPEG")
+    for part in ("val", "test"):
+        (tmp_path / part / "images").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (64, 64)).save(tmp_path / part / "images" / f"{part}_{number}.JPEG")
+    rows = [f"val_{n}.JPEG\t{wnids[n % 2]}\t0\t0\t63\t63" for n in range(4)]
+    (tmp_path / "val/val_annotations.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\n")
+    source = open_source(SourceConfig(kind="folder", path=str(tmp_path)))
+    assert source.class_names == ("goldfish", "n99999999")
+    assert not source.rejected
+    assert [sample.label for sample in source.samples("train")] == [0] * 3 + [1] * 3
+    expected = [(f"val/images/val_{n}.JPEG", n % 2) for n in range(4)]
+    assert [(s.key, s.label) for s in source.samples("val")] == expected
+    assert source.read(source.samples("val")[0]).size == (64, 64)
 
 
 def test_imagenet_as_kaggle_packs_it(tmp_path: Path) -> None:

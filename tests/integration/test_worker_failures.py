@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.errors import WorkerError
 from raylets import end, ray_environment, scratch, start, wait_for_text
 from upath import UPath
 
+from pipeline.errors import WorkerError
 from pipeline.runtime.workers import Workers, fit
 
 __all__ = ["scratch"]  # a fixture

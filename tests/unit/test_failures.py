@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.errors import ShardError, StorageError, StoreError, WorkerError
 from upath import UPath
 
+from pipeline.errors import ShardError, StorageError, StoreError, WorkerError
 from pipeline.runtime.failures import guarded, raise_recorded, worker_error
 from pipeline.runtime.workers import lacking, size_workers
 

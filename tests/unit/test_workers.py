@@ -1,12 +1,12 @@
 """What is left of an error when Ray has wrapped it."""
 
 import pytest
-from pipeline.errors import ShardError, StorageError
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 import pipeline.run
+from pipeline.errors import ShardError, StorageError
 from pipeline.runtime.failures import storage_error
 
 FULL = StorageError("the disk is full")

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from pipeline.errors import SourceError
 
 KAGGLE = "Data/CLS-LOC"  # where ImageNet as Kaggle packs it has train/ and val/
 KAGGLE_LABELS = "LOC_val_solution.csv"
+TINY_LABELS = "val_annotations.txt"  # beside Tiny ImageNet's images/
 
 if TYPE_CHECKING:
     from pipeline.data.sources import SourceConfig
@@ -31,7 +32,8 @@ class FolderSource(SampleList):
 
     Classes are the folders' names, sorted, or those of `subset` in its order; those of ImageNet
     whose words are known bear these instead of n01440764. A key is the path below the root.
-    ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels.
+    ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels, and Tiny ImageNet
+    as its authors do, with val/val_annotations.txt and words.txt.
     """
 
     def __init__(
@@ -82,15 +84,17 @@ class FolderSource(SampleList):
                     f"{base} lacks {len(missing)} of the {len(names)} classes of source.subset "
                     f"{subset}: {', '.join(missing[:3])}"
                 )
-        elif val_part:  # classes of val alone: their images are told of, not passed over
+        elif val_part and not (self.root / val_part / TINY_LABELS).exists():
+            # Classes of val alone: their images are listed as left out, not passed over.
             strange = [name for name in _folders(self.root / val_part) if name not in names]
             names.update({name: name for name in strange})
         versions: list[object] = []
         train = self._list(train_part, list(names), versions)
         val = self._list(val_part, list(names), versions) if val_part else None
         if val_part and not val:
-            val = self._kaggle_val(val_part, list(names), versions)
-        return Found(list(names.values()), train, val, versions, titles=_imagenet()[1])
+            val = self._flat(val_part, self._flat_labels(val_part), list(names), versions)
+        titles = {**_imagenet()[1], **self._words()}
+        return Found(list(names.values()), train, val, versions, titles=titles)
 
     def _list(self, part: str, folders: Sequence[str], versions: list[object]) -> list[Sample]:
         samples = []
@@ -102,24 +106,40 @@ class FolderSource(SampleList):
                 versions.append([key, version])
         return samples
 
-    def _kaggle_val(
-        self, part: str, folders: Sequence[str], versions: list[object]
-    ) -> list[Sample]:
-        """Images of a flat folder, whose labels are in a table beside the tree."""
+    def _flat_labels(self, part: str) -> dict[str, str]:
+        """File name without suffix -> class, of a part whose images are in no class folders: by the
+        table of ImageNet as Kaggle packs it, or by that of Tiny ImageNet. Empty if there is none.
+        """
+        annotations = self.root / part / TINY_LABELS
+        if annotations.exists():
+            lines = annotations.read_text().splitlines()
+            return {PurePosixPath(n).stem: c for n, c, *_ in (line.split("\t") for line in lines)}
         places = [self.root, *self.root.parents[:3]]
         table = next((p / KAGGLE_LABELS for p in places if (p / KAGGLE_LABELS).exists()), None)
         if table is None:
-            return []
+            return {}
         rows = csv.DictReader(table.read_text().splitlines())
-        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+
+    def _flat(
+        self, part: str, labelled: Mapping[str, str], folders: Sequence[str], versions: list[object]
+    ) -> list[Sample]:
+        """Images of a part without class folders, by the table of their labels."""
         labels = {name: label for label, name in enumerate(folders)}
         samples = []
         for relative, uri, version in list_images(self.root / part):
-            label = labels.get(wnids.get(PurePosixPath(relative).stem, ""))
+            label = labels.get(labelled.get(PurePosixPath(relative).stem, ""))
             if label is not None:  # else of a class that is not wanted
                 samples.append(Sample(f"{part}/{relative}", label, uri))
                 versions.append([samples[-1].key, version, label])
         return samples
+
+    def _words(self) -> dict[str, str]:
+        """Class -> its first name, from the words.txt that Tiny ImageNet has."""
+        path = self.root / "words.txt"
+        lines = path.read_text().splitlines() if path.exists() else []
+        pairs = (line.split("\t", 1) for line in lines if "\t" in line)
+        return {wnid: words.partition(",")[0] for wnid, words in pairs}
 
     @staticmethod
     def read(sample: Sample) -> Image.Image:
