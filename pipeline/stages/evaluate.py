@@ -16,7 +16,7 @@ from pipeline.graph import log
 from pipeline.runtime.files import Manifest, write_atomic
 from pipeline.runtime.identity import fingerprint
 from pipeline.stages.network_stage import NetworkStage, evaluation_task, named_model
-from pipeline.stages.networks import EvaluationTask, SetName
+from pipeline.stages.networks import CACHED_BEST, EvaluationTask, SetName
 from pipeline.stages.protocols import protocol_changes
 
 SOFT: dict[str, tuple[SetName, SetName]] = {
@@ -55,7 +55,9 @@ class Evaluate(NetworkStage):
 
     def identity(self) -> str:
         """See Stage."""
-        return fingerprint("evaluate", *self._names)
+        # Rows with these keys are rebuilt, from cached results, where older ones had other keys.
+        keys = ["best_on_test"] if self.config.evaluate.best_on_test_every else []
+        return fingerprint("evaluate", *self._names, *keys)
 
     def build(self) -> Manifest:
         """{"rows": [...], "measures": [...]}, one row for each set and network."""
@@ -108,12 +110,12 @@ def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) 
         row["label_bytes"] = task.label_bytes()
     if all(result["confusion"] is not None for result in results):
         row["confusion"] = torch.tensor([r["confusion"] for r in results]).sum(0).tolist()
-    if task.legacy_every:
-        legacy = [result["legacy"] for result in results]
+    if task.best_on_test_every:
+        best = [result[CACHED_BEST] for result in results]
         row |= {
-            "legacy": legacy,
-            "legacy_mean": statistics.fmean(legacy),
-            "legacy_std": _std(legacy),
+            "best_on_test": best,
+            "best_on_test_mean": statistics.fmean(best),
+            "best_on_test_std": _std(best),
         }
     return row
 
@@ -147,9 +149,9 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text, accuracies in percent."""
-    legacy = any("legacy" in row for row in rows)
+    has_best = any("best_on_test" in row for row in rows)
     header = ["set", "network", "images/class", "epochs", "accuracy %", "95 % interval", "runs"]
-    lines = [[*header, *(["legacy (best on test) %"] if legacy else [])]]
+    lines = [[*header, *(["best on test %"] if has_best else [])]]
     for row in rows:
         mean, half = 100 * row["mean"], row.get("ci95")
         lines.append(
@@ -165,10 +167,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 str(len(row["accuracy"])),
             ]
         )
-        if legacy and "legacy" in row:
-            best = f"{100 * row['legacy_mean']:.1f} +- {100 * row['legacy_std']:.1f}"
-            lines[-1].append(best)
-        elif legacy:
+        if "best_on_test" in row:
+            mean, std = row["best_on_test_mean"], row["best_on_test_std"]
+            lines[-1].append(f"{100 * mean:.1f} +- {100 * std:.1f}")
+        elif has_best:
             lines[-1].append("")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

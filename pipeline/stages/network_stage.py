@@ -95,7 +95,7 @@ def evaluation_task(
         model=model,
         training=training,
         hard_epochs=round(cfg.curate.hard_fraction * training.epochs),
-        legacy_every=cfg.evaluate.legacy_every if classes is None else 0,
+        best_on_test_every=cfg.evaluate.best_on_test_every if classes is None else 0,
         classes=classes,
         ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
         factor=cfg.synthetic.factor,

@@ -51,7 +51,9 @@ EVALUATE_VERSION = 2
 """To be raised when this stage's results change; see tests/integration/test_golden.py."""
 MAX_RETRIES = 3
 """Of a network whose worker died."""
-CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
+CONFUSION_CLASSES = 100  # with more classes, only per-class accuracies are kept
+CACHED_BEST = "legacy"
+"""Key of the best test accuracy in cached results: its former name, so that they stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class EvaluationTask:
     model: ModelConfig
     training: TrainConfig
     hard_epochs: int  # of sets with soft labels: so many last epochs learn from the hard ones
-    legacy_every: int = 0
+    best_on_test_every: int = 0
     classes: tuple[int, ...] | None = None  # learned and tested on these, as 0, 1, ...; None: all
     ipc: int
     factor: int
@@ -101,8 +103,8 @@ class EvaluationTask:
         parts += [self.model, self.training, self.seed]
         if self.is_soft or self.is_relabelled:
             parts.append(self.hard_epochs)
-        if self.legacy_every:
-            parts.append(f"legacy {self.legacy_every}")
+        if self.best_on_test_every:
+            parts.append(f"legacy {self.best_on_test_every}")  # the option's former name
         if self.classes is not None:
             parts.append(list(self.classes))
         return cache / f"{fingerprint(*parts)}.json"
@@ -181,7 +183,7 @@ class EvaluationTask:
             train_on, test_on = (Relabelled(s, self.classes) for s in (train_on, test_on))
         hard = _HARD.get(self.set)
         tail = dataclasses.replace(self, set=hard) if hard else None
-        judged = train_and_test(
+        result = train_and_test(
             train_on,
             test_on,
             spec,
@@ -191,18 +193,18 @@ class EvaluationTask:
             device=device,
             tail=tail.training_set(device) if tail else None,
             tail_epochs=self.hard_epochs,
-            test_every=self.legacy_every,
+            test_every=self.best_on_test_every,
             threads=threads,
             relabel=self._view_labels(device) if self.is_relabelled else None,
         )
         return {
-            "accuracy": judged.accuracy,
+            "accuracy": result.accuracy,
             "peak_rss_bytes": peak_rss_bytes(),
-            "per_class": _per_class(judged.confusion),
-            "confusion": judged.confusion.tolist()
+            "per_class": _per_class(result.confusion),
+            "confusion": result.confusion.tolist()
             if spec.num_classes <= CONFUSION_CLASSES
             else None,
-            "legacy": judged.best_test_accuracy,
+            CACHED_BEST: result.best_test_accuracy,
         }
 
 

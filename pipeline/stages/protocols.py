@@ -34,9 +34,9 @@ class EvaluateConfig:
     (random_same_factor: as many as it decodes to, shrunk); `herding`: real images that the pool's
     features choose; the `whole` training set, which takes longest. With stored soft labels
     (`curate.soft_labels`) the distilled and the random set also count with these."""
-    legacy_every: int = 0
-    """Also test after every so many epochs and report the best, which is chosen on the test images,
-    as legacy (released code: 100). 0: look at the test images once."""
+    best_on_test_every: int = 0
+    """Also test every this many epochs and report the best accuracy, which is selected on the test
+    images, as best on test (released code: 100). 0: test once, after the last epoch."""
     training: TrainConfig = field(default_factory=lambda: released_training(2000))
     """Training on a small set; the defaults are the released code's."""
     whole_epochs: int = 60
@@ -48,8 +48,10 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.sets or len(set(self.sets)) < len(self.sets):
             raise ValueError(f"sets must name one or more, each once, got {list(self.sets)}")
-        if self.legacy_every < 0:
-            raise ValueError(f"legacy_every must not be negative, got {self.legacy_every}")
+        if self.best_on_test_every < 0:
+            raise ValueError(
+                f"best_on_test_every must not be negative, got {self.best_on_test_every}"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Protocol:
 
 PROTOCOLS: dict[str, Protocol] = {
     "default": Protocol(EvaluateConfig()),
-    "paper": Protocol(EvaluateConfig(protocol="paper", legacy_every=100)),
+    "paper": Protocol(EvaluateConfig(protocol="paper", best_on_test_every=100)),
     "soft": Protocol(EvaluateConfig(protocol="soft"), CurateConfig(soft_labels=True)),
     "quick": Protocol(
         EvaluateConfig(
