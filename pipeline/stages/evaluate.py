@@ -1,4 +1,4 @@
-"""Stage evaluate: the accuracy of fresh networks on the distilled set, and on what it must beat."""
+"""Stage evaluate: accuracy of fresh networks trained on the distilled set and on baselines."""
 
 import dataclasses
 import itertools
@@ -23,11 +23,11 @@ SOFT: dict[str, tuple[SetName, SetName]] = {
     "distilled": ("distilled_soft", "distilled_soft_views"),
     "random": ("random_soft", "random_soft_views"),
 }
-"""Set -> the same with stored soft labels, and with those of every view."""
+"""Set -> the same set with stored soft labels, and with soft labels of every view."""
 
 
 class Evaluate(NetworkStage):
-    """Accuracies of the distilled set and of its baselines, for every network."""
+    """Accuracies of the distilled set and its baselines, for every network."""
 
     name = "evaluate"
 
@@ -89,7 +89,7 @@ def rows_of(
     groups: dict[tuple[str, str], list[tuple[EvaluationTask, Mapping[str, Any]]]] = {}
     for task, result in zip(tasks, results, strict=True):
         groups.setdefault((task.set, task.model.name), []).append((task, result))
-    return [_row([task for task, _ in g], [found for _, found in g]) for g in groups.values()]
+    return [_row([task for task, _ in g], [result for _, result in g]) for g in groups.values()]
 
 
 def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,10 +125,10 @@ def _std(values: Sequence[float]) -> float:
 
 
 def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """DD-Ranking's measures, for every network whose rows they need are there: {"set", "network",
-    and the fields of RankingMeasures}.
+    """DD-Ranking's measures for every network with the required rows: {"set", "network", and the
+    fields of RankingMeasures}.
     """
-    found = []
+    ranked = []
     for network in dict.fromkeys(row["network"] for row in rows):
         mean = {row["set"]: row["mean"] for row in rows if row["network"] == network}
         for used, random in (
@@ -143,8 +143,8 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     as_used=mean[used],
                     random=mean[random],
                 )
-                found.append({"set": used, "network": network, **dataclasses.asdict(values)})
-    return found
+                ranked.append({"set": used, "network": network, **dataclasses.asdict(values)})
+    return ranked
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
