@@ -163,6 +163,8 @@ class _Parser(ArgumentParser):
                 "the options stream.* are gone: real images are read from a store on disk, which "
                 "needs no budget of memory; remove them (runtime.local_directory says where it is)"
             )
+        if "legacy_every" in line:
+            line = "the option evaluate.legacy_every is now evaluate.best_on_test_every"
         union = r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"
         line = re.sub(union, r"Expected \1. Got value: \2", line)
         line = line.replace(", nothing.", " or nothing.")

@@ -1,1 +1,1 @@
-"""Workers, what they send each other, and the files that they write."""
+"""Distributed runtime: workers, collectives, checkpoints and files."""

@@ -1,8 +1,8 @@
-"""Which workers have which classes: two axes of parallelism.
+"""Assignment of classes to workers, with two axes of parallelism.
 
-Classes are spread over GROUPS of workers. Most groups are one worker. With more workers than
-classes, or with a class so large that the others would wait for it, a group has several members,
-who share all of its classes: each takes a part of their real batches.
+Classes are distributed over GROUPS of workers. Most groups are one worker. With more workers than
+classes, or a class so large that the others would wait for it, a group has several members that
+share all of its classes: each processes a part of the real batches.
 """
 
 import heapq
@@ -10,46 +10,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SYNTHETIC_PASSES = 3.0
-"""Cost of a decoded synthetic image in real ones: a forward and a backward pass."""
+"""Cost of a decoded synthetic image, in real images: a forward and a backward pass."""
 SHARING_GAIN = 1.1
-"""Sharing classes that need not be shared must be predicted to be this much faster: every member
-holds the real images of all of its group's classes."""
+"""Minimum predicted speed-up for sharing classes that need not be shared, since every member holds
+the real images of all of its group's classes."""
 FEWEST_IMAGES = 64
-"""Real images of a class and step that are worth a worker of their own."""
+"""Real images per class and step that justify an additional worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCost:
-    """What a class costs in a step, in passes of an image through the extractor."""
+    """Cost of a class in a step, in image passes through the extractor."""
 
-    shared: float  # divided among the members of its group: the real images used
-    own: float  # done by every member: the synthetic images
+    shared: float  # divided among the group's members: real images
+    own: float  # repeated by every member: synthetic images
 
     @classmethod
     def of(cls, real: int, synthetic: int, *, calibrated: bool = False) -> "ClassCost":
-        """From the real images really used in a step, and the decoded synthetic images."""
+        """From the numbers of real and of decoded synthetic images in a step."""
         return cls(shared=real, own=synthetic * SYNTHETIC_PASSES * (1 + calibrated))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Workers (ranks, in a row) and the classes that they share."""
+    """Workers (consecutive ranks) and the classes they share."""
 
     ranks: tuple[int, ...]
     classes: tuple[int, ...]
 
     def cost(self, costs: Sequence[ClassCost]) -> float:
-        """Passes of one member in a step."""
+        """Image passes of one member in a step."""
         return _cost([costs[c] for c in self.classes], len(self.ranks))
 
 
 def assign(costs: Sequence[ClassCost], workers: int) -> tuple[Group, ...]:
-    """Groups that together hold every class and every worker once, the costliest group made cheap.
+    """Partition classes and workers into groups, minimising the cost of the costliest group.
 
-    For a number of groups: classes, the costliest first, go to the cheapest group so far; workers
-    beyond one each go to the costliest. Of the numbers that are not slower than the best by more
-    than SHARING_GAIN the largest is taken: in it the fewest workers share. Raises ValueError
-    without a class or a worker.
+    Greedy for a given number of groups: classes, costliest first, go to the cheapest group; workers
+    beyond one per group go to the costliest. Of the group counts within SHARING_GAIN of the best,
+    the largest is taken, in which the fewest workers share. Raises ValueError without a class or a
+    worker.
     """
     if not costs or workers < 1:
         raise ValueError(f"need a class and a worker, got {len(costs)} and {workers}")
@@ -64,7 +64,7 @@ def assign(costs: Sequence[ClassCost], workers: int) -> tuple[Group, ...]:
 
 
 def most_workers(costs: Sequence[ClassCost]) -> int:
-    """More workers than this would share classes in fewer than `FEWEST_IMAGES` images each."""
+    """The most workers that each get at least `FEWEST_IMAGES` real images of a shared class."""
     return sum(max(1, int(c.shared) // FEWEST_IMAGES) for c in costs)
 
 
@@ -75,14 +75,14 @@ def _cost(classes: Sequence[ClassCost], members: int) -> float:
 def _divide(
     costs: Sequence[ClassCost], order: Sequence[int], count: int, workers: int
 ) -> tuple[tuple[Group, ...], float]:
-    """`count` groups, and the cost of the costliest."""
+    """`count` groups, and the highest group cost."""
     classes: list[list[int]] = [[] for _ in range(count)]
     load = [(0.0, 0, g) for g in range(count)]  # cost, classes, group; a heap
     for c in order:
         cost, number, g = load[0]
         classes[g].append(c)
         heapq.heapreplace(load, (cost + _cost([costs[c]], 1), number + 1, g))
-    held = [[costs[c] for c in mine] for mine in classes]
+    held = [[costs[c] for c in group] for group in classes]
     members = [1] * count
     costliest = [(-_cost(held[g], 1), g) for g in range(count)]
     heapq.heapify(costliest)
@@ -91,7 +91,7 @@ def _divide(
         members[g] += 1
         heapq.heapreplace(costliest, (-_cost(held[g], members[g]), g))
     groups, rank = [], 0
-    # Ranks of a node follow each other: large groups first, so that they stay on a node.
+    # Ranks of a node are consecutive: large groups first, so that they stay on one node.
     for g in sorted(range(count), key=lambda g: (-members[g], g)):
         groups.append(Group(tuple(range(rank, rank + members[g])), tuple(sorted(classes[g]))))
         rank += members[g]

@@ -1,9 +1,9 @@
-"""Checkpoints that exist wholly or not at all, written in the background.
+"""Atomic sharded checkpoints, written in the background.
 
 Every worker writes its own part, then a note with the part's SHA-256 and classes. When all notes
-are there, rank 0 writes the index that makes them a checkpoint. Workers agree through the storage
-alone, so the step loop never waits; and parts are keyed by class, so any number of workers can read
-what any other number wrote. The checkpoint of step 0 is kept for good: it is the initial images.
+exist, rank 0 writes the index that makes them a checkpoint. Workers coordinate only through the
+storage, so the step loop never waits. Parts are keyed by class, so a checkpoint can be read by any
+number of workers. The checkpoint of step 0, the initial images, is never removed.
 """
 
 import hashlib
@@ -29,16 +29,15 @@ POLL_S = 0.2
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one worker; every worker of a run has one.
+    """Checkpoint writer of one worker; every worker of a run has one.
 
     Args:
-        rank: this worker's.
-        writers: the ranks that have something to write, rank 0 among them; the others' `save` does
-            nothing.
-        attempt: names the parts, the same for all workers and another whenever they are started, so
-            that nothing is ever taken for the work of a group that died.
-        keep: checkpoints kept beside that of step 0.
-        timeout_s: how long rank 0 waits for the parts of the others before it gives one up.
+        rank: this worker's rank.
+        writers: the ranks that write parts, including rank 0; `save` is a no-op on the others.
+        attempt: suffix of the parts' names, the same for all workers and new at every start, so
+            that parts of a failed attempt are never mixed in.
+        keep: checkpoints kept besides that of step 0.
+        timeout_s: how long rank 0 waits for the other parts before it abandons a checkpoint.
     """
 
     def __init__(
@@ -58,19 +57,21 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether one is under way; on rank 0, until it exists. Raises what writing raised."""
+        """Whether a checkpoint is being written; on rank 0, until it is complete. Re-raises write
+        errors.
+        """
         if self._pending is not None and self._pending.done():
             self.wait()
         return self._pending is not None
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is under way. Raises what writing it raised."""
+        """Wait for the checkpoint being written. Re-raises write errors."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def save(self, step: int, state: State) -> None:
-        """Begin to write `directory/step-<step>/`. The state must not change any more."""
+        """Start writing `directory/step-<step>/`. The state must not change afterwards."""
         self.wait()
         if self.rank in self.writers:
             self._pending = self._thread.submit(self._write, step, dict(state))
@@ -99,14 +100,14 @@ class CheckpointWriter:
             if None not in parts.values():
                 break
             if time.monotonic() > deadline:
-                logger.warning("checkpoint %s given up: no %s", target, ", ".join(missing))
+                logger.warning("checkpoint %s abandoned: no %s", target, ", ".join(missing))
                 return
             time.sleep(POLL_S)
         write_atomic(
             target / "checkpoint.json", json.dumps({"step": step, "parts": parts}, indent=1)
         )
-        # What is no checkpoint and older than this one was left by a group that died: every worker
-        # writes its parts in order. A newer one may be under way, since the others do not wait.
+        # An incomplete checkpoint older than this one is left over from a failed attempt, since
+        # every worker writes its parts in order. A newer one may still be in progress.
         known = [(path, (path / "checkpoint.json").exists()) for path in _steps(self.directory)]
         whole = [path for path, is_whole in known if is_whole and _step_of(path) > 0]
         for path, is_whole in known:
@@ -120,22 +121,22 @@ def load_checkpoint(
     classes: Collection[int] | None = None,
     at_most: int | None = None,
 ) -> dict[str, Tensor] | None:
-    """The state of the newest whole checkpoint, its parts merged; None if there is none.
+    """The merged state of the newest complete checkpoint; None if there is none.
 
-    A checkpoint with a missing, truncated or altered part is passed over with a warning.
+    A checkpoint with a missing, truncated or altered part is skipped with a warning.
 
     Args:
-        directory: holds step-<step>/ directories.
-        classes: whose tensors are wanted; parts that hold none of them, and neither psi nor the
-            step, are not read. None: all.
-        at_most: newer steps are passed over.
+        directory: contains step-<step>/ directories.
+        classes: classes to load; parts without any of them, and without psi and the step, are not
+            read. None: all.
+        at_most: newer steps are skipped.
     """
     for path in _steps(directory):
         if at_most is not None and _step_of(path) > at_most:
             continue
         index = read_json(path / "checkpoint.json")
         if index is None:
-            continue  # cut off while it was written: it never was a checkpoint
+            continue  # incomplete: interrupted while it was written
         state: dict[str, Tensor] = {}
         for number, (part, note) in enumerate(index["parts"].items()):
             if number and classes is not None and not set(classes) & set(note["classes"]):
@@ -153,7 +154,7 @@ def load_checkpoint(
 
 
 def newest_whole_step(directory: UPath) -> int | None:
-    """The step of the newest checkpoint all parts of which are there and undamaged."""
+    """Step of the newest complete, undamaged checkpoint."""
     for path in _steps(directory):
         index = read_json(path / "checkpoint.json")
         if index is None:
@@ -169,16 +170,14 @@ def _is_whole(part: UPath, note: Mapping[str, Any]) -> bool:
 
 
 def checkpoint_tensors(directory: UPath, step: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a whole checkpoint by name, part after part: memory maps where its files are
-    local.
-    """
+    """The named tensors of a complete checkpoint, by part; memory maps if its files are local."""
     path = directory / f"step-{step:08d}"
     for part in read_json(path / "checkpoint.json")["parts"]:
         yield from read_tensors(path / part).items()
 
 
 def newest_step(directory: UPath) -> tuple[int, UPath] | None:
-    """The newest checkpoint's step and directory, without reading its parts."""
+    """Step and directory of the newest checkpoint, without reading its parts."""
     for path in _steps(directory):
         if (path / "checkpoint.json").exists():
             return _step_of(path), path
@@ -205,9 +204,9 @@ def _steps(directory: UPath) -> list[UPath]:
 
 
 def remove(path: UPath) -> None:
-    """Remove a checkpoint: its index first, so that a half-removed one is none."""
+    """Remove a checkpoint, its index first, so that a partly removed one does not count."""
     files = sorted(path.iterdir(), key=lambda file: file.name != "checkpoint.json")
     for file in files:
         file.unlink()
-    if path.exists():  # on an object store a directory goes with its last file
+    if path.exists():  # in an object store, a directory disappears with its last file
         path.rmdir()

@@ -1,15 +1,15 @@
-"""All that crosses the network while workers distil: sums over the workers, and how much they are.
+"""All-reduces between distillation workers, and the bytes they send.
 
-In a step with psi on, every ascent sums psi's gradient over all W workers, at the log-scales of its
-M components in D feature dimensions; a group of m > 1 workers that share C_g classes sums its CF
-sums, (2 K + 1) numbers a class, of the real features for every ascent; the descent has those of the
-first. A ring all-reduce of B bytes over n workers sends 2 (n - 1) B bytes in total. With 8 bytes a
-number for psi and F for the others
+With psi on, every ascent step all-reduces psi's gradient over all W workers: the log-scales of its
+M components in D feature dimensions. A group of m > 1 workers that share C_g classes all-reduces
+the CF sums of the real features, (2 K + 1) numbers per class, in every ascent; the descent reuses
+those of the first. A ring all-reduce of B bytes over n workers sends 2 (n - 1) B bytes in total.
+With 8 bytes per number for psi and F for the rest
 
-    bytes a step = 2 [8 ascents M D (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) max(1, ascents)]
+    bytes per step = 2 [8 ascents M D (W - 1) + F sum_g (m_g - 1) C_g (2 K + 1) max(1, ascents)]
 
-and the metrics, a few numbers of 8 bytes and one for each worker, every `log_every` steps. With psi
-off and no class shared, nothing else crosses at all. Images never do.
+plus the metrics, a few 8-byte numbers and one per worker, every `log_every` steps. With psi off and
+no class shared, nothing else is sent. Images never are.
 """
 
 import hashlib
@@ -26,17 +26,18 @@ from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.runtime.workers import WorkerContext
 
 DIAGNOSIS_S = 30.0
-"""How long a failed sum waits for the others to come and be counted."""
+"""Timeout of the barrier that finds the missing ranks after a failed all-reduce."""
 
 
 class CollectiveError(RuntimeError):
-    """A sum over the workers did not come about; the message names the ranks that did not come."""
+    """An all-reduce failed; the message names the missing ranks."""
 
 
 class Collectives:
-    """The `ncfm.communication.Communicator` of a worker under torch.distributed, or alone.
+    """The `ncfm.communication.Communicator` of a worker: torch.distributed, or a single process.
 
-    All workers of a run make one together. `bytes_sent` and `seconds` (spent in sums) count up.
+    All workers of a run construct it together. `bytes_sent` and `seconds` (in all-reduces) are
+    cumulative.
     """
 
     def __init__(
@@ -45,24 +46,24 @@ class Collectives:
         self.context, self.bytes_sent, self._watch = context, 0.0, Stopwatch(context.device)
         self._timeout = timedelta(seconds=timeout_s)
         self._all = self._control_all = self._group = self._control_group = None
-        # Every worker calls for every group, in the same order: torch asks for it.
+        # torch requires every worker to create every group, in the same order.
         if context.world_size > 1:
             self._all, self._control_all = self._new(range(context.world_size))
         for group in groups:
-            made = self._new(group.ranks) if len(group.ranks) > 1 else (None, None)
+            handles = self._new(group.ranks) if len(group.ranks) > 1 else (None, None)
             if context.rank in group.ranks:
-                self._group, self._control_group = made
+                self._group, self._control_group = handles
                 self.member, self.members = group.ranks.index(context.rank), len(group.ranks)
 
     def _new(self, ranks: Sequence[int]) -> tuple[Any, Any]:
-        """A group for sums, and one on the CPU beside it, to count who is there if it is stuck."""
+        """A process group for all-reduces, and a CPU group that finds missing ranks if it hangs."""
         backends = (None, "gloo")
-        made = [dist.new_group(list(ranks), timeout=self._timeout, backend=b) for b in backends]
-        return made[0], made[1]
+        groups = [dist.new_group(list(ranks), timeout=self._timeout, backend=b) for b in backends]
+        return groups[0], groups[1]
 
     @property
     def seconds(self) -> float:
-        """Spent in sums so far, waiting included; on a GPU all that was queued is done then."""
+        """Seconds in all-reduces so far, including waiting; synchronises a GPU."""
         return self._watch.read()
 
     def sum_all(self, tensor: Tensor) -> Tensor:
@@ -81,12 +82,12 @@ class Collectives:
         return values
 
     def agree(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """The state with every value as the lowest rank that has it holds it, and which ranks held
-        another: {key: ranks}, the same for all workers.
+        """The state with every value replaced by that of the lowest rank that holds it, and the
+        ranks whose value differed: {key: ranks}, the same on all workers.
 
-        Workers that hold the same value compute it each. On unlike processors, or where a GPU's
-        kernels add in no fixed order, their results may drift apart. What is compared are hashes:
-        only values that differ are sent.
+        Replicated values are computed on every worker. On different processors, or with GPU kernels
+        that add in no fixed order, they may drift apart. Hashes are compared; only differing values
+        are sent.
         """
         hashes = self.gather({key: _sha256(value) for key, value in state.items()})
         owners: dict[str, int] = {}
@@ -116,13 +117,13 @@ class Collectives:
         return tensor
 
     def _who_is_missing(self, control: Any) -> CollectiveError:
-        what = f"rank {self.context.rank}: a sum over the workers failed"
+        failure = f"rank {self.context.rank}: a sum over the workers failed"
         wait = min(self._timeout, timedelta(seconds=DIAGNOSIS_S))
         try:
             dist.monitored_barrier(control, timeout=wait, wait_all_ranks=True)
         except RuntimeError as error:  # it names the ranks
-            return CollectiveError(f"{what}, and not all are there: {error}")
-        return CollectiveError(f"{what}, though all workers are there")
+            return CollectiveError(f"{failure}, and some workers are missing: {error}")
+        return CollectiveError(f"{failure}, though all workers are present")
 
 
 def _sha256(value: Tensor) -> str:
@@ -132,10 +133,10 @@ def _sha256(value: Tensor) -> str:
 def predicted_bytes(
     groups: Sequence[Group], frequencies: FrequencyConfig, *, dim: int, number_bytes: int = 4
 ) -> int:
-    """Bytes that all workers together send in a step, without the metrics and what the median
-    distance takes: the formula above.
+    """Bytes that all workers together send in a step, by the formula above, without the metrics and
+    the median distance.
 
-    `dim` is the dimension of the features.
+    `dim`: the feature dimension.
     """
     psi = frequencies.sampler == "psi"
     ascents, width = psi * frequencies.ascents, 2 * frequencies.num_freqs + 1

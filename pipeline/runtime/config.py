@@ -1,29 +1,28 @@
-"""How long stages run on a cluster."""
+"""Configuration of the distributed runtime."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How long stages run on a cluster."""
+    """Logging, checkpoints and fault tolerance of long stages."""
 
     log_every: int = 10
-    """Distillation steps between two rows of metrics."""
+    """Distillation steps between metric rows."""
     checkpoint_every_s: float = 30.0
-    """Seconds between two checkpoints."""
+    """Seconds between checkpoints."""
     checkpoints_kept: int = 2
     max_failures: int = 3
-    """How often a group of workers is started again after one of them failed; -1 without limit."""
+    """Restarts of a worker group after failures; -1: unlimited."""
     min_workers: int | None = None
-    """If nodes are lost, go on with as few workers as this; default: wait until they are back."""
+    """Continue with as few workers as this if nodes are lost; default: wait for replacements."""
     collective_timeout_s: float = 600.0
-    """How long workers wait for each other before they fail and name the one that did not come."""
+    """Seconds that workers wait for each other before they fail and name the missing one."""
     straggler_factor: float = 2.0
-    """A worker this many times slower than the others is named in the log."""
+    """Log a worker that is this many times slower than the others."""
     local_directory: str | None = None
-    """Where a node keeps the decoded real images; $NAMES in it are the node's environment
-    variables. Default: beside the shards, or below $TMPDIR if they are not on the node's own disk.
-    """
+    """Directory of a node's decoded real images; $NAMES in it are environment variables of the
+    node. Default: beside the shards if they are on a local disk, else below $TMPDIR."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoints_kept"):

@@ -1,4 +1,4 @@
-"""Directories that are replaced as a whole, and directories named after classes."""
+"""Atomic replacement of directories, and directory names for classes."""
 
 import shutil
 import unicodedata
@@ -16,12 +16,12 @@ UNSAFE = frozenset('/\\:*?"<>|')
 
 @contextmanager
 def replaced(directory: UPath, *, last: str) -> Iterator[UPath]:
-    """A directory to write into whose content takes the place of all that `directory` holds.
+    """Replace the contents of a directory by what is written into the yielded one.
 
-    On a local disk it is written beside and then swapped, so that a reader finds the old content,
-    the new one or, for a moment, none. Object stores cannot rename a folder: there the old content
-    is removed first, beginning with the file `last`, by which a reader knows that the rest is
-    whole, and the caller writes that one last.
+    On a local disk it is written beside and then swapped: a reader finds the old contents, the new
+    ones or, briefly, none. Object stores cannot rename a folder: there the old contents are removed
+    first, beginning with the file `last`, which marks a directory as complete and which the caller
+    writes last.
     """
     if not isinstance(directory, Path):
         (directory / last).unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def replaced(directory: UPath, *, last: str) -> Iterator[UPath]:
         yield directory
         return
     new, old = (directory.with_name(f".{directory.name}.{name}") for name in ("new", "old"))
-    _remove(new, old)  # what a process that was killed left
+    _remove(new, old)  # left over from a killed process
     new.mkdir(parents=True)
     try:
         yield new
@@ -55,8 +55,8 @@ def _remove(*directories: Path) -> None:
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """A directory for each class: its name, without what no file system takes, and cut if it is too
-    long; with its number before it if two would be the same.
+    """Directory names for classes: unsafe characters replaced, long names truncated, and prefixed
+    with the class index if two would be equal.
     """
     plain = [_plain(name) for name in class_names]
     alike = {unicodedata.normalize("NFC", name).casefold() for name in plain}

@@ -1,8 +1,8 @@
-"""Failures of workers: which are worth another try, and one line about each.
+"""Worker failures: which ones to retry, and one-line error messages.
 
-Ray Train starts a failed group of workers again. That helps after a lost node, but an error in the
-code or the configuration would only come again: `guarded` writes it down, workers that are started
-again end at once, and the driver raises it.
+Ray Train restarts a failed worker group. That helps after a lost node, but not with an error in the
+code or the configuration: `guarded` records such an error, restarted workers return at once, and
+the driver raises it.
 """
 
 import traceback
@@ -28,20 +28,20 @@ PERMANENT = (
     TypeError,
     ValueError,
 )
-"""Errors that come again when the same code gets the same input: not those of networks, devices and
-other workers (OSError, RuntimeError, MemoryError).
+"""Errors that recur with the same code and input, unlike those of networks, devices and other
+workers (OSError, RuntimeError, MemoryError).
 """
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of an error."""
+    """Type and message of an error, in one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def guarded(arguments: dict[str, Any]) -> None:
-    """Run `arguments["loop"]` on the others as a worker of Ray Train; write a permanent error to
-    the file `arguments["failure"]`.
+    """Ray Train worker function: call `arguments["loop"]` with the other arguments; write a
+    permanent error to the file `arguments["failure"]`.
     """
     loop: Callable[[dict[str, Any]], None] = arguments["loop"]
     failure: UPath = arguments["failure"]
@@ -52,20 +52,20 @@ def guarded(arguments: dict[str, Any]) -> None:
     except PERMANENT as error:
         write_atomic(failure, f"{one_line(error)}\n{traceback.format_exc()}")
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise  # the others wait for this one: they have to be stopped
-    # A worker alone ends as if all were well: it is not started again.
+            raise  # stops the other workers, which wait for this one
+    # A single worker returns normally, so that Ray Train does not restart it.
 
 
 def raise_recorded(failure: UPath) -> None:
-    """Raise what `guarded` wrote down as a WorkerError, if it did."""
+    """Raise the error that `guarded` recorded, if any, as a WorkerError."""
     if failure.exists():
         line, _, details = failure.read_text(encoding="utf-8").partition("\n")
         raise WorkerError(f"a worker failed: {line}", details)
 
 
 def worker_error(error: BaseException) -> WorkerError | None:
-    """The WorkerError that says what Ray's exception about a worker or a task does; None for any
-    other exception.
+    """Convert Ray's exception about a worker or a task to a WorkerError; None for any other
+    exception.
     """
     from ray.exceptions import RayTaskError
     from ray.train import TrainingFailedError, WorkerGroupError
@@ -83,22 +83,22 @@ def worker_error(error: BaseException) -> WorkerError | None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception that was raised in the other process."""
+    """The original exception of the remote process."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
 
 
 def storage_error(error: BaseException) -> StorageError | None:
-    """The StorageError in an exception, also as Ray wraps that of a task or of a Train worker; its
-    message is one line, theirs a traceback. None if there is none.
+    """The StorageError inside an exception, unwrapped from Ray's exceptions of tasks and Train
+    workers, whose messages are tracebacks. None if there is none.
     """
     waiting: list[Any] = [error]
-    seen: list[BaseException] = []
+    chain: list[BaseException] = []
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, BaseException) and all(found is not other for other in seen):
-            seen.append(found)
-            waiting += [getattr(found, name, None) for name in ("cause", "_base_exc", "__cause__")]
-            waiting += getattr(found, "worker_failures", {}).values()
-    # The innermost: Ray's own exception of a task is a StorageError, too.
-    return next((each for each in reversed(seen) if isinstance(each, StorageError)), None)
+        each = waiting.pop()
+        if isinstance(each, BaseException) and all(each is not other for other in chain):
+            chain.append(each)
+            waiting += [getattr(each, name, None) for name in ("cause", "_base_exc", "__cause__")]
+            waiting += getattr(each, "worker_failures", {}).values()
+    # The innermost: Ray's own task exception is a StorageError, too.
+    return next((e for e in reversed(chain) if isinstance(e, StorageError)), None)

@@ -1,4 +1,4 @@
-"""Files that are absent, the old one, or whole; and JSON in them."""
+"""Atomic file writes, and JSON files."""
 
 import errno
 import json
@@ -12,21 +12,21 @@ from upath import UPath
 from pipeline.errors import StorageError
 
 Manifest = dict[str, Any]
-"""What a stage says of what it made: JSON."""
+"""A stage's description of its result, as JSON."""
 
 
 def write_atomic(path: Path | UPath, data: bytes | str, *, durable: bool = True) -> None:
-    """Write a file that is either absent, the old one, or whole. On an object store one put already
-    is. Raises StorageError, and leaves nothing behind, if the disk is full or fails.
+    """Write a file atomically: readers find it absent, old, or complete. A put to an object store
+    is atomic already. Raises StorageError, leaving nothing behind, if the disk is full or fails.
 
-    On a local disk that holds after a loss of power, too, unless `durable` is False: for files that
-    are many and can be made again.
+    On a local disk this also holds after a power loss, unless `durable` is False (for many files
+    that can be written again).
     """
     raw = data.encode() if isinstance(data, str) else data
     temporary: Path | None = None
     try:
         if isinstance(path, Path):
-            # Not the process's number: in containers that share a directory it may be the same.
+            # Not the PID: containers that share a directory may have equal ones.
             temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
             with temporary.open("wb") as file:
                 file.write(raw)
@@ -45,9 +45,7 @@ def write_atomic(path: Path | UPath, data: bytes | str, *, durable: bool = True)
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a directory's names, on the disk before anything else happens. File
-    systems that cannot sync a directory keep an order of their own.
-    """
+    """fsync a file or a directory; ignored on file systems that cannot sync a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +57,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path | UPath) -> Any:
-    """The JSON in a file, or None if there is no such file."""
+    """Parse a JSON file; None if it does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What goes wrong in a long run, said so that a reader knows what to do."""
+"""Fatal errors and stragglers of a long run."""
 
 import json
 import logging
@@ -14,11 +14,11 @@ from pipeline.runtime.files import read_json, write_atomic
 logger = logging.getLogger(__name__)
 
 FATAL = "fatal.json"
-"""In the checkpoints' directory: an error that to start the workers again would only repeat."""
+"""File in the checkpoint directory: an error that a restart would only repeat."""
 
 
 def record_fatal(checkpoints: UPath, error: NonFiniteLossError, class_names: Sequence[str]) -> None:
-    """Write down why the run must not be started again, for the driver to read."""
+    """Record an error that must not be retried, for the driver to raise."""
     names = ", ".join(class_names[c] for c in error.classes)
     last = newest_step(checkpoints)
     good = f"the last good checkpoint is {last[1]}" if last else "there is no checkpoint yet"
@@ -34,12 +34,12 @@ def fatal_error(checkpoints: UPath) -> str | None:
 def stragglers(
     seconds: Sequence[float], costs: Sequence[float], factor: float
 ) -> list[tuple[int, float]]:
-    """The workers that are slow for their work: (rank, times the median of the others).
+    """Workers that are slow relative to their work: (rank, ratio to the median of the others).
 
     Args:
         seconds: busy seconds of each worker, without waiting for others.
-        costs: the work it was given, in any unit.
-        factor: from which ratio on a worker is named.
+        costs: assigned work of each worker, in any unit.
+        factor: ratio above which a worker is reported.
     """
     speeds = [second / cost for second, cost in zip(seconds, costs, strict=True)]
     slow = []

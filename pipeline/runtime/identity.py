@@ -1,4 +1,4 @@
-"""What a result depends on, and what it was made with."""
+"""Fingerprints of results, and versions of the code that produced them."""
 
 import dataclasses
 import hashlib
@@ -13,14 +13,14 @@ from typing import Any
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hex digits that change when any part does: dataclasses, strings, numbers, lists and
+    """16 hex digits that change with any part: dataclasses, strings, numbers, lists and
     dictionaries of them.
     """
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys; dataclasses as their fields."""
+    """JSON with sorted keys; dataclasses become dictionaries of their fields."""
     return json.dumps(value, sort_keys=True, default=_plain)
 
 
@@ -31,24 +31,22 @@ def _plain(value: object) -> object:
 
 
 def dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted name."""
-    found: dict[str, Any] = {}
+    """Flatten nested options to dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in options.items():
         inner = isinstance(value, Mapping)
-        found |= dotted(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
+        flat |= dotted(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory that this process has had."""
+    """Peak resident memory of this process."""
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def code_versions() -> dict[str, str]:
-    """What a result was made with: packages, Python, and the state of the git checkout if there is
-    one.
-    """
+    """Versions of Python and packages, and the state of the git checkout if there is one."""
     packages = ("ncfm-ray", "ray", "torch", "torchvision", "numpy")
     versions = {"python": sys.version.split()[0]}
     for package in packages:

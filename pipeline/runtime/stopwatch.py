@@ -1,7 +1,7 @@
-"""Seconds that sums over the workers take, the waiting for the others included.
+"""Time spent in all-reduces, including waiting for other workers.
 
-On a GPU a sum returns when it is queued, so the CPU's clock tells nothing of it: there CUDA events
-on the stream that waits for it are read, later and all at once.
+On a GPU an all-reduce returns when it is queued, so it is timed by CUDA events on the stream that
+waits for it; the events are read later, all at once.
 """
 
 import time
@@ -13,7 +13,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up how long blocks take on one device."""
+    """Cumulative time of code blocks on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what happens inside."""
+        """Time the enclosed block."""
         if self.device.type == "cuda":
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
@@ -35,7 +35,7 @@ class Stopwatch:
             self._seconds += time.monotonic() - start
 
     def read(self) -> float:
-        """All seconds so far. On a GPU it waits until all that was queued before is done."""
+        """Seconds so far; synchronises a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         for began, ended in self._events:

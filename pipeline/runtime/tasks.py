@@ -1,4 +1,4 @@
-"""Independent jobs as Ray tasks: as many at a time as there are workers, whose cores they share."""
+"""Run independent jobs as Ray tasks, as many at a time as there are workers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -10,16 +10,16 @@ K = TypeVar("K")
 J = TypeVar("J")
 
 MOST_THREADS = 4
-"""Of a network: batches of 128 are trained in four parts."""
+"""Maximum threads per network: batches of 128 are trained in four parts."""
 
 
 def run_each(
     work: Callable[[J, int, str], Any], jobs: Mapping[K, J], workers: Workers, *, max_retries: int
 ) -> Iterator[tuple[K, Any]]:
-    """(key, work(job, threads, device)) of each job, in the order in which they end.
+    """Yield (key, work(job, threads, device)) of each job as it finishes.
 
-    A worker that dies is replaced up to `max_retries` times a job. An exception of `work` ends all:
-    raises StorageError if it is one, else WorkerError.
+    A worker that dies is replaced up to `max_retries` times per job. An exception of `work` ends
+    the run: raises StorageError if it is one, else WorkerError.
     """
     import ray
     from ray.exceptions import RayError
@@ -34,12 +34,12 @@ def run_each(
     todo, free = [*jobs], workers.count
     while todo or pending:
         while todo and threads[0] <= free:
-            key, mine = todo.pop(0), threads.pop(0)
-            task = remote.options(num_cpus=mine).remote(jobs[key], mine, workers.device)
-            pending[task], free = (key, mine), free - mine
+            key, count = todo.pop(0), threads.pop(0)
+            task = remote.options(num_cpus=count).remote(jobs[key], count, workers.device)
+            pending[task], free = (key, count), free - count
         (ready, *_), _ = ray.wait(list(pending))
-        key, mine = pending.pop(ready)
-        free += mine
+        key, count = pending.pop(ready)
+        free += count
         try:
             result = ray.get(ready)
         except RayError as error:
@@ -48,9 +48,8 @@ def run_each(
 
 
 def thread_shares(jobs: int, cores: int, *, largest: int | None = None) -> list[int]:
-    """Threads of each of some jobs, in their order, so that no core waits for the last of them:
-    those that do not fill all cores come first and share them; then one a core. `largest`: the most
-    that one can use.
+    """Threads per job, in order, so that no core idles at the end: the jobs that do not fill all
+    cores come first and share them; the rest run one per core. `largest`: maximum threads per job.
     """
     odd = jobs % cores
     each = min(cores // odd, largest or cores) if odd else 1

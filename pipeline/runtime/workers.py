@@ -1,7 +1,7 @@
-"""Joining a Ray cluster, sizing a worker group on it, and the context that a worker's loop sees.
+"""Connect to a Ray cluster, size a worker group, and run a loop on it with Ray Train.
 
-The loops of the stages know `WorkerContext` alone: rank, world size and device. The same loop
-therefore runs under Ray Train, under plain torch.distributed, and in one process.
+The stages' loops see only `WorkerContext`: rank, world size and device. The same loop therefore
+runs under Ray Train, under plain torch.distributed, and in a single process.
 """
 
 import logging
@@ -26,19 +26,19 @@ from pipeline.runtime.failures import guarded, raise_recorded, storage_error, wo
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    # Or under `uv run` every worker would start in a copy of the project, installed anew.
+    # Otherwise, under `uv run`, every worker would install and start in a copy of the project.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",  # no escape codes in a job's log
     "RAY_DEDUP_LOGS": "0",  # its "[repeated 2x across cluster]" is always green
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line of a worker comes twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line of a worker is printed twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """One worker among world_size; the default is a worker alone."""
+    """One worker of world_size; the default is a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -46,21 +46,20 @@ class WorkerContext:
 
 
 def current_context(device: str = "cpu") -> WorkerContext:
-    """The context of this process: of its torch.distributed group if it is in one, else a worker
-    alone.
+    """The context of this process: that of its torch.distributed group, or a single process.
 
-    `device` is the run's decision (`Workers.device`): a process may see GPUs that are not its own.
+    `device` is decided by the run (`Workers.device`): a process may see GPUs of other workers.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = torch.device(device)
-    if found.type == "cuda":  # Ray Train has made the worker's own GPU the current one
-        found = torch.device("cuda", torch.cuda.current_device())
-    return WorkerContext(rank=rank, world_size=world_size, device=found)
+    own_device = torch.device(device)
+    if own_device.type == "cuda":  # Ray Train has made the worker's own GPU the current one
+        own_device = torch.device("cuda", torch.cuda.current_device())
+    return WorkerContext(rank=rank, world_size=world_size, device=own_device)
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The size of a worker group, and what each of it takes."""
+    """Size of a worker group, and the resources of each worker."""
 
     count: int
     use_gpu: bool
@@ -68,51 +67,49 @@ class Workers:
 
     @property
     def needs(self) -> dict[str, float]:
-        """The resources of all of them, as Ray calls them."""
+        """Total resources of the group, by Ray's names."""
         needs = {"CPU": self.count * self.cpus}
         return {"GPU": float(self.count), **needs} if self.use_gpu else needs
 
     @property
     def device(self) -> str:
-        """Where its workers compute, as torch calls it: decided here, and handed down."""
+        """The torch device type of the workers, decided here and passed down."""
         return "cuda" if self.use_gpu else "cpu"
 
 
 def set_ray_environment() -> None:
-    """Set what is not set of ENVIRONMENT: before Ray's first import, when it reads some of it."""
+    """Apply defaults for Ray's environment variables. Call before Ray is first imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 NOTICES = ("ray._private.authentication.authentication_token_setup",)
-"""Loggers of Ray that warn of what is as it should be: that a cluster has a token."""
+"""Ray loggers with warnings to suppress: they warn that a cluster has a token, as it should."""
 
 
 def joins() -> bool:
-    """Whether this run joins a cluster, to which nodes may still come, instead of starting one."""
+    """Whether this run joins an existing cluster, which may grow, instead of starting one."""
     return "RAY_ADDRESS" in os.environ
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names (as in a submitted job), or start one on this
-    machine.
-    """
+    """Join the cluster at RAY_ADDRESS (set in a submitted job), or start one on this machine."""
     set_ray_environment()
     import ray
 
     if ray.is_initialized():
         return
-    logging.getLogger("ray").setLevel(logging.WARNING)  # no notices, but what it cannot place
+    logging.getLogger("ray").setLevel(logging.WARNING)  # keeps warnings of unschedulable work
     for name in NOTICES:
         logging.getLogger(name).setLevel(logging.ERROR)
     if joins():
         ray.init(logging_level=logging.WARNING)
     else:
-        # Ray Train frees the places of its workers through the dashboard, and finds it by this
-        # address: without one, or beside the cluster of somebody else, it cannot.
+        # Ray Train releases its workers' resources through the dashboard at this address: without
+        # one, or beside another user's cluster, it cannot.
         port = _free_port()
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-        # Nobody takes this node away, and to watch for it Ray logs an error of its own each time.
+        # This node is never preempted, and Ray's watcher for it logs an error each time.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
@@ -123,7 +120,7 @@ def connect() -> None:
             dashboard_port=port,
         )
     if threading.current_thread() is threading.main_thread():
-        # What `ray job stop` sends: Ray would print a stack trace and die.
+        # Sent by `ray job stop`: by default Ray would print a stack trace and die.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -142,12 +139,11 @@ def size_workers(
     threads: int = 1,
     grows: bool = False,
 ) -> Workers:
-    """How many workers for num_items classes or networks, each of which so many threads can share:
-    as asked, else one a GPU, else one a CPU.
+    """Size a worker group for num_items classes or networks, each of which can use `threads`
+    threads: num_workers if given, else one worker per GPU, else one per CPU.
 
-    On a cluster that `grows` what is alive by now limits nothing that is asked for: Ray brings up
-    nodes for workers that have no place yet. Raises UsageError if more GPUs are asked for than a
-    cluster has that does not grow.
+    If the cluster `grows`, its current size does not limit num_workers: Ray starts nodes for
+    workers that do not fit. Otherwise raises UsageError if it has fewer GPUs than requested.
     """
     import ray
 
@@ -165,11 +161,11 @@ def size_workers(
 
 
 NOTICE_S = 30.0
-"""Seconds between two lines that say what a stage waits for."""
+"""Seconds between notices of the nodes that a stage waits for."""
 
 
 def lacking(needs: Mapping[str, float], resources: Mapping[str, float]) -> str | None:
-    """What of the needs a cluster with these resources does not have, in words."""
+    """Message naming the needs that the resources do not cover; None if they do."""
     short = [name for name, need in needs.items() if resources.get(name, 0) < need - 1e-6]
     if not short:
         return None
@@ -179,7 +175,7 @@ def lacking(needs: Mapping[str, float], resources: Mapping[str, float]) -> str |
 
 
 class WaitingNotice:
-    """Says every `every` seconds what of its needs a stage is still waiting for, until it ends."""
+    """Periodically reports the resources that a stage is waiting for, until it ends."""
 
     def __init__(
         self, needs: Mapping[str, float], say: Callable[[str], None], every: float = NOTICE_S
@@ -196,14 +192,14 @@ class WaitingNotice:
         threading.Thread(target=watch, name="waiting", daemon=True).start()
 
     def end(self) -> None:
-        """The stage has ended."""
+        """Stop reporting."""
         self._ended.set()
 
 
 def ray_storage(storage: UPath) -> dict[str, Any]:
-    """Where Ray Train and Ray Tune keep their own files, as options of their RunConfig.
+    """RunConfig options for the files of Ray Train and Ray Tune.
 
-    They reach an object store as everything here does: Ray's own way to it would look for other
+    Object stores are accessed through fsspec, as everywhere here: Ray's own access would need other
     packages and credentials.
     """
     if isinstance(storage, Path):
@@ -225,12 +221,12 @@ def fit(
     min_workers: int | None = None,
     timeout_s: float = 1800.0,
 ) -> None:
-    """Run a loop on a group of Ray Train workers; a failed group is started again up to
-    max_failures times, with fewer workers, but at least min_workers, if nodes are gone.
+    """Run a loop on a group of Ray Train workers. A failed group is restarted up to max_failures
+    times, with as few as min_workers workers if nodes are lost.
 
-    `loop` must live in an importable module; it gets `arguments` and the workers' "device". Its
-    results are the files it writes. A worker waits for the others for at most timeout_s. Raises
-    WorkerError: at once for errors that would only come again.
+    `loop` must be in an importable module; it receives `arguments` and the workers' "device". Its
+    results are the files it writes. Workers wait for each other for at most timeout_s. Raises
+    WorkerError, for permanent errors without a restart.
     """
     from ray.train import (
         FailureConfig,
@@ -244,7 +240,7 @@ def fit(
     per_worker = {"CPU": workers.cpus}
     if workers.use_gpu:
         per_worker["GPU"] = 1
-    # Ray Train V1's stubs know no range.
+    # Ray Train V1's stubs do not allow a range.
     count: Any = workers.count
     if min_workers is not None:
         count = (min(min_workers, count), count)
@@ -277,8 +273,8 @@ def fit(
 
 
 def _in_thread(work: Callable[[], object]) -> None:
-    """Work in a thread of its own, since on the main thread Ray Train takes Ctrl-C over, and then
-    waits for workers that are busy. All of them end with this process.
+    """Run `work` in a separate thread: on the main thread Ray Train would handle Ctrl-C, and wait
+    for busy workers. All of them end with this process.
     """
     done: Future[None] = Future()
 

@@ -1,4 +1,4 @@
-"""Stage audit: how faithful the distilled set is to the whole real set, beside known sets."""
+"""Stage audit: fidelity of the distilled set to the real set, beside reference sets."""
 
 import dataclasses
 import json
@@ -40,11 +40,11 @@ from pipeline.stages.pretrain import Pretrain
 from pipeline.stages.shard import Shard
 
 AUDIT_VERSION = 2
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 SETS = ("distilled", "random", "random_same_factor", "held_out", "noise")
 PAIRS = 8  # images shown beside their nearest real ones
 
-# Measure -> which way is better; None: neither, to be compared with the real value.
+# Measure -> which direction is better; None: compare with the value of the real set.
 MEASURES: dict[str, str | None] = {
     "ncfd": "lower",
     "amplitude": "lower",
@@ -63,22 +63,22 @@ MEASURES: dict[str, str | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """How the distilled set is compared with the real one."""
+    """Comparison of the distilled set with the real one."""
 
     networks: tuple[str, ...] = ()
-    """Extractors, as model.name takes them, trained on the real images from a seed that the
-    distillation has not used; none: that of model."""
+    """Extractors, named as for model.name, trained on the real images from a seed that distillation
+    does not use; empty: the run's own model."""
     num_freqs: int = 1024
     """Frequencies t ~ N(0, I) of the characteristic functions of normalised features."""
     feature_dim: int = 256
-    """Features are projected on so many random orthonormal directions for moments and neighbours;
-    the characteristic functions take all of them."""
+    """Random orthonormal directions that features are projected on for moments and neighbours;
+    characteristic functions use the full features."""
     neighbours: int = 5
     """k of precision, recall, density and coverage (literature: 3 to 5)."""
     samples: int = 2000
-    """Real images whose neighbours are looked at; moments and CFs are of all."""
+    """Real images used for the neighbour measures; moments and CFs use all."""
     draws: int = 3
-    """Random sets of each kind; their spread says what a difference means."""
+    """Draws of each random reference set; their spread is the noise level."""
 
     def __post_init__(self) -> None:
         for name in ("num_freqs", "feature_dim", "neighbours", "samples", "draws"):
@@ -87,7 +87,7 @@ class AuditConfig:
 
 
 class UnseenExtractor(Pretrain):
-    """A pool of one network that the distillation has not seen."""
+    """A pool of one network that distillation has not used."""
 
     recorded = False
 
@@ -103,7 +103,7 @@ class UnseenExtractor(Pretrain):
 
 
 class Audit(Stage):
-    """How faithful the distilled set is to the whole real set, into audit.json."""
+    """Fidelity of the distilled set to the real set, written to audit.json."""
 
     name = "audit"
 
@@ -148,11 +148,11 @@ class Audit(Stage):
 
 
 def audit(job: AuditJob, workers: Workers, *, directory: UPath) -> Manifest:
-    """The content of audit.json, and nearest.png in the directory."""
+    """The content of audit.json; writes nearest.png to the directory."""
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0)(measure_sets)
-    path = directory / "sets.safetensors"  # for workers that are started again, too
+    path = directory / "sets.safetensors"  # a file, so that restarted workers find it
     write_atomic(path, ray.get(task.remote(job, workers.device)))
     real = real_side(job, pass_over_shards(job, path, workers))
     content = summarise(job, unpack(path.read_bytes()), real)
@@ -162,20 +162,20 @@ def audit(job: AuditJob, workers: Workers, *, directory: UPath) -> Manifest:
 
 
 def summarise(job: AuditJob, sets: Mapping[str, Tensor], real: RealSide) -> Manifest:
-    """{"rows", "per_class_ncfd", "images", "real_images", "sampled"} from what `measure_sets` found
-    in the sets and the pass in the real images.
+    """{"rows", "per_class_ncfd", "images", "real_images", "sampled"} from the statistics of the
+    sets (`measure_sets`) and of the real images.
     """
     keys = [key.removesuffix("/pixels") for key in sets if key.endswith("/pixels")]
     values: dict[tuple[str, str, str], list[float]] = {}  # (measure, extractor, set) -> draws
     per_class: dict[str, dict[str, Tensor]] = {}
     for key in sorted(keys):
         name = key.partition("/")[0]
-        mine = {k.removeprefix(f"{key}/"): v for k, v in sets.items() if k.startswith(f"{key}/")}
-        for measure, value in _pixel_measures(mine, real.nearest.get(f"{key}/pixels")).items():
+        own = {k.removeprefix(f"{key}/"): v for k, v in sets.items() if k.startswith(f"{key}/")}
+        for measure, value in _pixel_measures(own, real.nearest.get(f"{key}/pixels")).items():
             values.setdefault((measure, "", name), []).append(value)
         for e, (model, _) in enumerate(job.extractors):
-            found, by_class = _feature_measures(mine, real, e, job.config.neighbours)
-            for measure, value in found.items():
+            measured, by_class = _feature_measures(own, real, e, job.config.neighbours)
+            for measure, value in measured.items():
                 values.setdefault((measure, model.name, name), []).append(value)
             classes = per_class.setdefault(model.name, {})
             classes[name] = classes.get(name, torch.zeros(())) + by_class / (
@@ -193,8 +193,8 @@ def summarise(job: AuditJob, sets: Mapping[str, Tensor], real: RealSide) -> Mani
             if m == measure
         ],
         "per_class_ncfd": {
-            extractor: {name: value.tolist() for name, value in found.items()}
-            for extractor, found in per_class.items()
+            extractor: {name: value.tolist() for name, value in by_set.items()}
+            for extractor, by_set in per_class.items()
         },
         "images": {key.partition("/")[0]: len(sets[f"{key}/labels"]) for key in sorted(keys)},
         "real_images": sum(job.store.counts("train")),
@@ -217,40 +217,40 @@ def _row(measure: str, extractor: str, name: str, drawn: Sequence[float]) -> dic
     }
 
 
-def _pixel_measures(mine: Mapping[str, Tensor], near: Nearest | None) -> dict[str, float]:
-    found = {
-        "intrinsic_dimension": intrinsic_dimension(mine["pixels"]),
-        "label_sharpness": label_sharpness(mine["pixels"], mine["labels"]),
+def _pixel_measures(own: Mapping[str, Tensor], near: Nearest | None) -> dict[str, float]:
+    measured = {
+        "intrinsic_dimension": intrinsic_dimension(own["pixels"]),
+        "label_sharpness": label_sharpness(own["pixels"], own["labels"]),
     }
     if near is not None:
-        found["nearest_real"] = float(near.distance.mean())
-        found["nearest_real_least"] = float(near.distance.min())
-    return found
+        measured["nearest_real"] = float(near.distance.mean())
+        measured["nearest_real_least"] = float(near.distance.min())
+    return measured
 
 
 def _feature_measures(
-    mine: Mapping[str, Tensor], real: RealSide, e: int, k: int
+    own: Mapping[str, Tensor], real: RealSide, e: int, k: int
 ) -> tuple[dict[str, float], Tensor]:
-    """The measures, and the NCFD of each class (C,), nan where a set has no image of it."""
+    """Feature measures, and the NCFD of each class (C,), nan where a set has no image of it."""
     by_class = []
     for c, whole in enumerate(real.cf[e]):
-        sums = CFSums(mine[f"{e}/cos"][c], mine[f"{e}/sin"][c], mine[f"{e}/size"][c])
+        sums = CFSums(own[f"{e}/cos"][c], own[f"{e}/sin"][c], own[f"{e}/size"][c])
         if float(sums.size) and float(whole.size):
             by_class.append(cf_distance(cf_from_sums(whole), cf_from_sums(sums)))
         else:
             by_class.append(cf_distance(*[cf_from_sums(whole)] * 2)._replace(ncfd=float("nan")))
     known = torch.tensor([list(d) for d in by_class], dtype=torch.float64)
     mean = known[~known[:, 0].isnan()].mean(0).tolist()
-    features = mine[f"{e}/features"].double()
-    found = dict(zip(("ncfd", "amplitude", "phase"), mean, strict=True))
+    features = own[f"{e}/features"].double()
+    measured = dict(zip(("ncfd", "amplitude", "phase"), mean, strict=True))
     if len(features) > 1 and len(real.samples[e]) > 1:
-        found["frechet"] = frechet_distance(real.moments[e], Moments.of(features))
-        found |= neighbourhood(real.samples[e].double(), features, k)._asdict()
-    return found, known[:, 0]
+        measured["frechet"] = frechet_distance(real.moments[e], Moments.of(features))
+        measured |= neighbourhood(real.samples[e].double(), features, k)._asdict()
+    return measured, known[:, 0]
 
 
 def _write_pairs(job: AuditJob, near: Nearest, directory: UPath) -> None:
-    """nearest.png: the synthetic images that are nearest to a real one, above that one."""
+    """Write nearest.png: the synthetic images closest to a real image, each above that image."""
     synthetic = load(job.distilled)
     order = near.distance.argsort(stable=True)[:PAIRS]
     images = decode_tiles(synthetic.images, synthetic.factor, order)
@@ -268,16 +268,14 @@ def _write_pairs(job: AuditJob, near: Nearest, directory: UPath) -> None:
 
 
 def audit_table(content: Mapping[str, Any]) -> str:
-    """The measures as text: a row each, a column a set."""
+    """The measures as text: one row per measure, one column per set."""
     rows = content["rows"]
     names = ["real", *SETS]
     lines = [["measure", "extractor", "better", *names]]
     for key in dict.fromkeys((row["measure"], row["extractor"]) for row in rows):
-        mine = {row["set"]: row for row in rows if (row["measure"], row["extractor"]) == key}
-        values = [
-            "" if name not in mine or mine[name]["value"] is None else f"{mine[name]['value']:.4g}"
-            for name in names
-        ]
+        by_set = {row["set"]: row for row in rows if (row["measure"], row["extractor"]) == key}
+        known = {name: row["value"] for name, row in by_set.items() if row["value"] is not None}
+        values = [f"{known[name]:.4g}" if name in known else "" for name in names]
         lines.append([*key, MEASURES[key[0]] or "", *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

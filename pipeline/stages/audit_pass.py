@@ -1,8 +1,7 @@
-"""One Ray Data pass over the real images of an audit.
+"""Audit statistics of the real images, in one Ray Data pass.
 
-It adds up what adds: CF statistics of every class, moments of features, and for every image of
-every set the nearest real one. Shards are summed in their order, each by one thread, so a result
-does not depend on how many workers made the pass.
+CF sums of each class, feature moments, and the nearest real image of every image of every set.
+Shards are summed in order, each by one thread: the result does not depend on the number of workers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,20 +26,20 @@ from pipeline.stages.shard import quieten_ray_data
 
 
 class Piece(NamedTuple):
-    """The images of one shard: a part of its class."""
+    """The images of one shard: a slice of its class."""
 
     label: int
     start: int
     size: int
 
     def images(self, store: Store) -> Tensor:
-        """(N, C, H, W) uint8, in memory when they are read."""
-        whole = store.images("train", [self.label])[self.label]
-        return whole[self.start : self.start + self.size]
+        """(N, C, H, W) uint8, a view of the memory map."""
+        class_images = store.images("train", [self.label])[self.label]
+        return class_images[self.start : self.start + self.size]
 
 
 def train_pieces(store: Store) -> list[Piece]:
-    """The train images, shard by shard."""
+    """The training images, one piece per shard."""
     pieces, ends = list[Piece](), [0] * store.spec.num_classes
     for entry in store.manifest["splits"]["train"]["shards"]:
         label, count = entry["class"], entry["count"]
@@ -50,7 +49,7 @@ def train_pieces(store: Store) -> list[Piece]:
 
 
 class ShardPass:
-    """Ray Data's worker: what one shard of real images adds."""
+    """Ray Data actor: the contribution of one shard of real images."""
 
     def __init__(self, job: AuditJob, sets: UPath, device: str) -> None:
         self.job, self.extractors = job, Extractors(job, device)
@@ -64,7 +63,7 @@ class ShardPass:
         self.sampled[chosen] = True
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """{"shard": [place]} -> {"shard", "data": safetensors}."""
+        """{"shard": [index]} -> {"shard", "data": safetensors}."""
         (place,) = batch["shard"].tolist()
         piece, start = self.pieces[place], self.starts[place]
         images = piece.images(self.job.store)
@@ -72,10 +71,10 @@ class ShardPass:
         sampled = self.sampled[start : start + piece.size]
         tensors: dict[str, Tensor] = {}
         for e in range(len(self.job.extractors)):
-            found = self.extractors.measure(InMemoryImages(images, labels), e)
-            features = found.pop("features")
+            statistics = self.extractors.measure(InMemoryImages(images, labels), e)
+            features = statistics.pop("features")
             moments = Moments.of(features)
-            tensors |= {f"{e}/{key}": value[piece.label] for key, value in found.items()}
+            tensors |= {f"{e}/{key}": value[piece.label] for key, value in statistics.items()}
             tensors[f"{e}/total"], tensors[f"{e}/products"] = moments.total, moments.products
             tensors[f"{e}/sample"] = features[sampled]
         real = shrunk(images)
@@ -90,18 +89,18 @@ class ShardPass:
 
 @dataclass(frozen=True)
 class RealSide:
-    """What the pass over the real images found."""
+    """Statistics of the real images."""
 
-    cf: list[list[CFSums]]  # of each extractor, of each class
-    moments: list[Moments]  # of each extractor
-    samples: list[Tensor]  # of each extractor: projected features (S, d)
+    cf: list[list[CFSums]]  # [extractor][class]
+    moments: list[Moments]  # [extractor]
+    samples: list[Tensor]  # [extractor]: projected features (S, d)
     pixels: Tensor  # (S, P), of the same images
     labels: Tensor  # (S,)
-    nearest: dict[str, Nearest]  # of each "<set>/<draw>/pixels"
+    nearest: dict[str, Nearest]  # by "<set>/<draw>/pixels"
 
 
 def pass_over_shards(job: AuditJob, sets: UPath, workers: Workers) -> list[dict[str, Tensor]]:
-    """One Ray Data pass over all real training images; what each shard adds, in their order."""
+    """The contribution of each shard, in order, from one Ray Data pass over the training images."""
     import ray
 
     quieten_ray_data()
@@ -113,12 +112,12 @@ def pass_over_shards(job: AuditJob, sets: UPath, workers: Workers) -> list[dict[
         compute=ray.data.ActorPoolStrategy(size=min(workers.count, count)),
         num_gpus=1 if workers.use_gpu else 0,
     )
-    found = {int(row["shard"]): unpack(row["data"]) for row in rows.iter_rows()}
-    return [found[place] for place in range(count)]
+    parts = {int(row["shard"]): unpack(row["data"]) for row in rows.iter_rows()}
+    return [parts[place] for place in range(count)]
 
 
 def real_side(job: AuditJob, parts: Sequence[Mapping[str, Tensor]]) -> RealSide:
-    """The parts of all shards, added up in their order."""
+    """Sum the contributions of all shards, in order."""
     pieces = train_pieces(job.store)
     count = len(job.extractors)
     zero = torch.zeros((), dtype=torch.float64)
@@ -127,15 +126,15 @@ def real_side(job: AuditJob, parts: Sequence[Mapping[str, Tensor]]) -> RealSide:
     for e in range(count):
         total = Moments(0, zero, zero)
         for piece, part in zip(pieces, parts, strict=True):
-            mine = CFSums(part[f"{e}/cos"], part[f"{e}/sin"], part[f"{e}/size"])
-            cf[e][piece.label] = cf[e][piece.label] + mine
+            shard_cf = CFSums(part[f"{e}/cos"], part[f"{e}/sin"], part[f"{e}/size"])
+            cf[e][piece.label] = cf[e][piece.label] + shard_cf
             total = total.plus(Moments(piece.size, part[f"{e}/total"], part[f"{e}/products"]))
         moments.append(total)
     near: dict[str, Nearest] = {}
     for part in parts:
         for key in (k.removesuffix("/distance") for k in part if k.endswith("/distance")):
-            mine_near = Nearest(part[f"{key}/distance"], part[f"{key}/place"])
-            near[key] = near[key].less(mine_near) if key in near else mine_near
+            candidate = Nearest(part[f"{key}/distance"], part[f"{key}/place"])
+            near[key] = near[key].less(candidate) if key in near else candidate
     return RealSide(
         cf=cf,
         moments=moments,

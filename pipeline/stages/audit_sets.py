@@ -1,4 +1,4 @@
-"""The sets of an audit: the distilled one, and those that it is compared with."""
+"""Sets of an audit: the distilled set and the reference sets, and their measurements."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,24 +25,24 @@ from pipeline.data.store import Store
 if TYPE_CHECKING:
     from pipeline.stages.audit import AuditConfig
 
-BATCH = 256  # images through an extractor at a time
-PIXELS = 32  # px to which images are shrunk before pixels are compared
+BATCH = 256  # images per forward pass
+PIXELS = 32  # px; images are shrunk to it before pixels are compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditJob:
-    """What is compared, and by which extractors."""
+    """Inputs of an audit: the sets' sources and the extractors."""
 
     store: Store
     distilled: UPath
-    extractors: tuple[tuple[ModelConfig, UPath], ...]  # network, the pool that holds it
+    extractors: tuple[tuple[ModelConfig, UPath], ...]  # network, its pool
     config: "AuditConfig"
     ipc: int
     factor: int
     seed: int
 
     def sets(self) -> Iterator[tuple[str, int, ImageSource]]:
-        """(set, draw, images): the distilled set, and draws of as many images as it decodes to."""
+        """(set, draw, images): the distilled set, and reference sets of its decoded size."""
         synthetic = load(self.distilled)
         yield "distilled", 0, synthetic.source()
         spec, each = self.store.spec, self.ipc * self.factor**2
@@ -74,7 +74,7 @@ class AuditJob:
 
 @dataclass(frozen=True)
 class SameForAll:
-    """An ImageSource of the same images for every class, kept once."""
+    """An ImageSource with the same images for every class, stored once."""
 
     images: Tensor
     classes: int
@@ -91,19 +91,19 @@ class SameForAll:
 
 
 def _labelled(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Images class by class, and their labels."""
+    """Concatenate the images of each class, with labels."""
     labels = [torch.full((len(part),), c) for c, part in enumerate(images)]
     return torch.cat(list(images)), torch.cat(labels)
 
 
 class Extractors:
-    """The networks of an audit, with their frequencies and projections."""
+    """The audit's networks, with their frequencies and projections."""
 
     def __init__(self, job: AuditJob, device: str) -> None:
         self.job, self.spec, self.device = job, job.store.spec, device
         self.networks, self.frequencies, self.projections = [], [], []
         for place, (model, pool) in enumerate(job.extractors):
-            network = new_network(model, self.spec, seed=0)  # its weights are the pool's
+            network = new_network(model, self.spec, seed=0)  # weights are loaded below
             network.load_state_dict(load_member(pool, 0)[1])
             self.networks.append(network.to(self.device).eval())
             dim = network.num_features
@@ -120,8 +120,8 @@ class Extractors:
 
     @torch.no_grad()
     def measure(self, source: ImageSource, place: int) -> dict[str, Tensor]:
-        """What the extractor of that place sees: CF sums of each class, (C, K) and (C, 1) float64,
-        and projected features (M, d).
+        """Measurements by extractor `place`: CF sums of each class, (C, K) and (C, 1) float64, and
+        projected features (M, d).
         """
         classes, t = self.spec.num_classes, self.frequencies[place]
         sums = {
@@ -137,16 +137,16 @@ class Extractors:
             x = F.normalize(self.networks[place].features(self.spec.normalize(part)), dim=1)
             projected.append((x @ self.projections[place]).cpu())
             for c in labels.unique().tolist():
-                found = cf_sums(x[(labels == c).to(x.device)], t)
-                for name, value in found._asdict().items():
+                class_sums = cf_sums(x[(labels == c).to(x.device)], t)
+                for name, value in class_sums._asdict().items():
                     sums[name][c] += value.double().cpu()
         width = self.projections[place].shape[1]
         return {**sums, "features": torch.cat([torch.empty(0, width), *projected])}
 
 
 def shrunk(images: Tensor) -> Tensor:
-    """Pixels (M, P) in [0, 1] of images shrunk to at most 32 px, divided by sqrt(P): a distance is
-    then the root mean square difference of the pixels.
+    """Pixels (M, P) in [0, 1] of images shrunk to at most 32 px, divided by sqrt(P), so that
+    Euclidean distances are root mean square pixel differences.
     """
     size = min(PIXELS, images.shape[-1])
     pixels = F.interpolate(to_unit(images), size=(size, size), mode="area").flatten(1)
@@ -155,7 +155,7 @@ def shrunk(images: Tensor) -> Tensor:
 
 
 def measure_sets(job: AuditJob, device: str) -> bytes:
-    """All sets as the extractors see them: safetensors of "<set>/<draw>/<extractor>/<what>" and
+    """Measure all sets: safetensors of "<set>/<draw>/<extractor>/<statistic>" and
     "<set>/<draw>/pixels", "labels". Runs inside a Ray task.
     """
     extractors, tensors = Extractors(job, device), {}
@@ -164,13 +164,11 @@ def measure_sets(job: AuditJob, device: str) -> bytes:
         tensors[f"{name}/{draw}/pixels"] = torch.cat([pixels for pixels, _ in parts])
         tensors[f"{name}/{draw}/labels"] = torch.cat([labels for _, labels in parts])
         for place in range(len(job.extractors)):
-            found = extractors.measure(source, place)
-            tensors |= {f"{name}/{draw}/{place}/{key}": value for key, value in found.items()}
+            statistics = extractors.measure(source, place)
+            tensors |= {f"{name}/{draw}/{place}/{key}": v for key, v in statistics.items()}
     return save_tensors(tensors)
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
-    """The tensors of safetensors bytes, each in memory of its own: where a tensor lies decides how
-    its sums are rounded.
-    """
+    """Load safetensors bytes, copying each tensor: its alignment affects how sums are rounded."""
     return {key: value.clone() for key, value in load_tensors(data).items()}

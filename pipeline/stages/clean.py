@@ -5,7 +5,7 @@ from pipeline.graph import Action, log
 
 
 class Clean(Action):
-    """Removes the stores of a storage path; says what was removed."""
+    """Remove this machine's stores of a storage path, and list them."""
 
     name = "clean"
     writes = False

@@ -1,8 +1,8 @@
 """Stage continual: class-incremental learning with the distilled set as the memory.
 
-Classes arrive in groups. After each group a fresh network is trained from scratch on the images of
-all classes seen so far, and tested on these classes (Prabhu et al., GDumb, 2020; Zhao and Bilen,
-DM, 2023; the NCFM paper's supplement).
+Classes arrive in groups. After each group a network is trained from scratch on the images of all
+classes so far, and tested on these classes (Prabhu et al., GDumb, 2020; Zhao and Bilen, DM, 2023;
+the NCFM paper's supplement).
 """
 
 import json
@@ -24,7 +24,7 @@ from pipeline.stages.networks import EvaluationTask, SetName
 from pipeline.stages.shard import Shard
 
 CONTINUAL_VERSION = 1
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class ContinualConfig:
     """Class-incremental learning."""
 
     steps: tuple[int, ...] = (5, 10)
-    """Into how many groups the classes are divided; each number is an experiment of its own."""
+    """Numbers of groups that the classes are divided into; each is a separate experiment."""
     repeats: int = 5
-    """Orders of the classes, each with fresh networks (DM: 5)."""
+    """Class orders, each with fresh networks (DM: 5)."""
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 1:
@@ -52,11 +52,11 @@ class Continual(NetworkStage):
     def _keys(self) -> list[tuple[SetName, "Moment"]]:
         classes = len(self.run.stage(Shard).manifest["class_names"])
         try:
-            found = moments(classes, self.config.continual, self.config.seed)
+            points = moments(classes, self.config.continual, self.config.seed)
         except ValueError as error:
             raise UsageError(str(error)) from error
         sets: list[SetName] = ["distilled", "random", "random_same_factor", "herding"]
-        return [(name, moment) for name in sets for moment in found]
+        return [(name, moment) for name in sets for moment in points]
 
     @cached_property
     def tasks(self) -> Sequence[EvaluationTask]:
@@ -88,20 +88,20 @@ class Continual(NetworkStage):
 
 @dataclass(frozen=True)
 class Moment:
-    """A point in time of one experiment."""
+    """One step of an experiment."""
 
     steps: int
     step: int  # 1 to steps
     repeat: int
-    classes: tuple[int, ...]  # seen so far, in the order in which they came
+    classes: tuple[int, ...]  # all classes so far, in their order of arrival
 
 
 def moments(num_classes: int, config: ContinualConfig, seed: int) -> list[Moment]:
-    """Every network that has to be trained. Raises ValueError if there are more steps than classes.
+    """All networks to train. Raises ValueError if there are more steps than classes.
 
-    The order of the classes follows from (seed, repeat) and is the same for every number of steps.
+    The class order depends only on (seed, repeat): it is the same for every number of steps.
     """
-    found = []
+    points = []
     for steps in config.steps:
         if steps > num_classes:
             raise ValueError(f"continual.steps {steps} is more than the {num_classes} classes")
@@ -111,8 +111,8 @@ def moments(num_classes: int, config: ContinualConfig, seed: int) -> list[Moment
             seen: list[int] = []
             for step, group in enumerate(order.tensor_split(steps), start=1):
                 seen += group.tolist()
-                found.append(Moment(steps, step, repeat, tuple(seen)))
-    return found
+                points.append(Moment(steps, step, repeat, tuple(seen)))
+    return points
 
 
 def continual_rows(
@@ -142,8 +142,8 @@ def continual_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy (%) after the last step, and the mean over all steps, of each experiment."""
     lines = []
     for name, steps in dict.fromkeys((row["set"], row["steps"]) for row in rows):
-        mine = [row for row in rows if (row["set"], row["steps"]) == (name, steps)]
-        last, average = mine[-1], statistics.fmean(row["mean"] for row in mine)
+        group = [row for row in rows if (row["set"], row["steps"]) == (name, steps)]
+        last, average = group[-1], statistics.fmean(row["mean"] for row in group)
         lines.append(
             f"{steps:3d} steps  {name:20s}  last {100 * last['mean']:5.1f} +- "
             f"{100 * last['std']:.1f}  mean over steps {100 * average:5.1f}"

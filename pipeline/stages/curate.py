@@ -1,4 +1,4 @@
-"""Curation: the distilled set once more, with soft labels from the pool; a set of its own."""
+"""Stage curate: a copy of the distilled set with soft labels from the pool's networks."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ from pipeline.stages.distill import Distill, set_content
 from pipeline.stages.pretrain import Pretrain
 
 CURATE_VERSION = 1
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 
 
 class Curate(Stage):
-    """The distilled set with soft labels, in the run's directory; the other stays as it is."""
+    """The distilled set with soft labels, beside the original in the run's directory."""
 
     name = "curate"
 
@@ -52,14 +52,14 @@ class Curate(Stage):
         return curate(job, self.run.workers(1))
 
     def content(self) -> str:
-        """As that of the distilled set."""
+        """See Distill.content."""
         _ = self.manifest
         return set_content(self.run.directory / "curated")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateJob:
-    """Which set is given soft labels, and by which networks."""
+    """Inputs of the soft-label task."""
 
     distilled: UPath
     curated: UPath
@@ -73,25 +73,25 @@ class CurateJob:
         synthetic = load(self.distilled)
         count = min(self.config.networks, self.networks)
         teachers = pool_networks(self.pool, count, self.model, synthetic.spec)
-        made = add_soft_labels(synthetic, teachers, self.config, device=device)
+        curated = add_soft_labels(synthetic, teachers, self.config, device=device)
         provenance = {**synthetic.provenance, "curation": dataclasses.asdict(self.config)}
         with replaced(self.curated, last="manifest.json") as new:
-            dataclasses.replace(made, provenance=provenance).save(new)
+            dataclasses.replace(curated, provenance=provenance).save(new)
         return {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def pool_networks(
     pool: UPath, count: int, model: ModelConfig, spec: ImageSpec
 ) -> Iterator[Classifier]:
-    """The first networks of a pool, trained, one after the other in the same module."""
-    network = new_network(model, spec, seed=0)  # its weights are the pool's
+    """The first `count` trained networks of a pool, loaded in turn into one module."""
+    network = new_network(model, spec, seed=0)  # weights are loaded below
     for member in range(count):
         network.load_state_dict(load_member(pool, member)[1])
         yield network
 
 
 def curate(job: CurateJob, workers: Workers) -> Manifest:
-    """Make the soft labels in a Ray task."""
+    """Compute the soft labels in a Ray task."""
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if workers.use_gpu else 0)(CurateJob.run)

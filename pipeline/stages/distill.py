@@ -1,4 +1,4 @@
-"""Stage distill: Ray Train workers share the classes and make the minmax steps together."""
+"""Stage distill: run the minmax distillation on Ray Train workers that share the classes."""
 
 import dataclasses
 import io
@@ -34,23 +34,23 @@ from pipeline.stages.pretrain import Pretrain
 from pipeline.stages.shard import Shard
 
 PNG_CLASSES, PNG_IMAGES = 100, 10
-"""Of so many classes, so many images each are written as PNG."""
+"""Classes, and images per class, that are written as PNG."""
 DISTILL_VERSION = 2
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 
 
 class Distill(Stage):
-    """The synthetic set, in the run's own directory."""
+    """The synthetic set, in the run's directory."""
 
     name = "distill"
 
     @cached_property
     def job(self) -> DistillJob:
-        """What the workers are given."""
+        """The workers' job."""
         cfg, shards, pool = self.config, self.run.stage(Shard), self.run.stage(Pretrain)
-        matters = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
+        options = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
         identity = fingerprint(
-            "distill", DISTILL_VERSION, shards.fingerprint, pool.fingerprint, *matters
+            "distill", DISTILL_VERSION, shards.fingerprint, pool.fingerprint, *options
         )
         directory = self.run.directory
         return DistillJob(
@@ -85,11 +85,11 @@ class Distill(Stage):
     def build(self) -> Manifest:
         """See Stage."""
         cfg, job, pool = self.config, self.job, self.run.stage(Pretrain).directory
-        # By default workers share a class only if each gets enough of it.
+        # By default, workers share a class only if each gets at least FEWEST_IMAGES of it.
         workers = self.run.workers(max(cfg.num_workers or 1, most_workers(job.costs())))
-        mine = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
-        of_pool = [row for path in sorted(pool.glob("metrics-*.jsonl")) for row in read_rows(path)]
-        append_rows(job.metrics, [*of_pool, *mine], fresh=True)
+        own_rows = [row for row in read_rows(job.metrics) if row["stage"] == "distill"]
+        pool_rows = [r for path in sorted(pool.glob("metrics-*.jsonl")) for r in read_rows(path)]
+        append_rows(job.metrics, [*pool_rows, *own_rows], fresh=True)
         return distill(
             job,
             workers,
@@ -114,23 +114,22 @@ class Distill(Stage):
         }
 
     def content(self) -> str:
-        """What the set counts by in the identity of what follows from it: its files' SHA-256."""
+        """SHA-256 of the set's files, for the identity of stages that depend on it."""
         _ = self.manifest
         return set_content(self.run.directory / "distilled")
 
 
 def set_content(directory: UPath) -> str:
-    """The SHA-256 of the files of a synthetic set, as one text."""
+    """SHA-256 of the files of a synthetic set, as one string."""
     return canonical_json(read_json(directory / "manifest.json")["sha256"])
 
 
 def distill(
     job: DistillJob, workers: Workers, *, storage: UPath, run_directory: UPath, provenance: Manifest
 ) -> Manifest:
-    """Run or go on with the distillation, and write `initial/` and `distilled/` of the run
-    directory.
+    """Run or resume the distillation, and write `initial/` and `distilled/` of the run directory.
 
-    Raises StageError if the loss became NaN or infinite: to start the workers again would not help.
+    Raises StageError if the loss became NaN or infinite, which a restart would only repeat.
     """
     steps = job.distill.num_steps
     if newest_whole_step(job.checkpoints) != steps:
@@ -146,9 +145,9 @@ def distill(
 
 
 def images_of(job: DistillJob, step: int, scratch: Path) -> tuple[Tensor, int]:
-    """The images (classes * ipc, C, H, W) of a checkpoint, class by class, as a memory map of the
-    file `scratch`: neither they nor the optimiser's state are ever in memory as a whole. And the
-    peak memory of a worker that its last step tells.
+    """The images (classes * ipc, C, H, W) of a checkpoint, by class, as a memory map of the file
+    `scratch`, and the workers' peak memory if the checkpoint has it. Neither the images nor the
+    optimiser's state are ever in memory as a whole.
     """
     spec, peak = job.store.spec, 0
     shape = (spec.num_classes * job.ipc, spec.channels, spec.image_size, spec.image_size)
@@ -163,8 +162,8 @@ def images_of(job: DistillJob, step: int, scratch: Path) -> tuple[Tensor, int]:
 
 
 def _mapped(path: Path, size: int) -> Tensor:
-    """A memory map of a new file of so many float32. Raises StorageError if the disk has no room:
-    without it a later write would kill the process.
+    """Memory-map a new file of `size` float32. Raises StorageError if the disk is full; otherwise a
+    later write would kill the process.
     """
     try:
         with path.open("wb") as file:
@@ -199,8 +198,8 @@ def _run_workers(job: DistillJob, workers: Workers, *, name: str, storage: UPath
 
 
 def write_set(directory: UPath, result: SyntheticSet) -> None:
-    """A synthetic set with what people look at, images/<class>/<n>.png and preview.png, in the
-    place of all that the directory holds.
+    """Write a synthetic set with images/<class>/<n>.png and preview.png, replacing the directory's
+    contents.
     """
     with replaced(directory, last="manifest.json") as new:
         _write_images(new / "images", result)
@@ -210,16 +209,16 @@ def write_set(directory: UPath, result: SyntheticSet) -> None:
 
 
 def _write_images(directory: UPath, result: SyntheticSet) -> None:
-    """The first images of the first classes; `export` writes all."""
-    folders, seen = folder_names(result.class_names), dict[int, int]()
+    """Write the first images of the first classes as PNG; `export` writes all."""
+    folders, last = folder_names(result.class_names), dict[int, int]()
     for index, label in enumerate(result.labels.tolist()):
-        number = seen[label] = seen.get(label, -1) + 1
+        number = last[label] = last.get(label, -1) + 1
         if label >= PNG_CLASSES or number >= PNG_IMAGES:
             continue
         image = result.images[index]
         folder = directory / folders[label]
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        pixels = (image * 255).round().byte().permute(1, 2, 0).squeeze(-1)  # grey has two axes
+        pixels = (image * 255).round().byte().permute(1, 2, 0).squeeze(-1)  # greyscale: (H, W)
         Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
         write_atomic(folder / f"{number}.png", buffer.getvalue(), durable=False)

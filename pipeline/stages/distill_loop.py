@@ -1,6 +1,7 @@
-"""The loop of a worker that distils: minmax steps, rows of metrics, checkpoints.
+"""Training loop of a distillation worker: minmax steps, metric rows, checkpoints.
 
-It runs under Ray Train, under plain torch.distributed, and in one process: see `current_context`.
+It runs under Ray Train, under plain torch.distributed, or in a single process: see
+`current_context`.
 """
 
 import logging
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DistillJob:
-    """What a worker needs to distil its classes."""
+    """Inputs of a distillation worker."""
 
     store: Store
     pool: UPath
@@ -61,16 +62,16 @@ class DistillJob:
 
     @property
     def snapshots(self) -> UPath:
-        """Where pictures of the images at some steps are kept."""
+        """Directory of the image snapshots."""
         return self.metrics.parent / "snapshots" / self.checkpoints.name
 
     def matched_counts(self) -> list[int]:
-        """Real images of each class that may be matched."""
+        """Number of real images of each class that are matched: its easy fraction."""
         counts = self.store.counts("train")
         return [easy_count(n, self.distill.easy_fraction) for n in counts]
 
     def costs(self) -> list[ClassCost]:
-        """What each class costs in a step."""
+        """Cost of each class in a step."""
         synthetic, calibrated = self.ipc * self.synthetic.factor**2, self.distill.calibration > 0
         return [
             ClassCost.of(min(n, self.distill.real_batch), synthetic, calibrated=calibrated)
@@ -79,10 +80,10 @@ class DistillJob:
 
 
 def distill_loop(arguments: dict[str, Any]) -> None:
-    """The loop of one worker; its results are the checkpoints and the rows of metrics."""
+    """Run one worker's loop; its results are the checkpoints and the metric rows."""
     job: DistillJob = arguments["job"]
     if fatal_error(job.checkpoints) is not None:
-        return  # started again after an error that would only come again: the driver reports it
+        return  # restarted after a permanent error: the driver reports it
     loop = Loop(job, arguments["device"])
     try:
         loop.run()
@@ -92,7 +93,7 @@ def distill_loop(arguments: dict[str, Any]) -> None:
 
 
 class Loop:
-    """One worker's share of the classes, and what it tells of it."""
+    """One worker's training loop over its classes."""
 
     def __init__(self, job: DistillJob, device: str) -> None:
         self.job, self.context, self.costs = job, current_context(device), job.costs()
@@ -108,13 +109,13 @@ class Loop:
         )
         if self.context.rank == 0:
             warn_of_small_classes(job.matched_counts(), job.distill.real_batch)
-        about = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
-        self.hosts = [host for _, host in about]
+        workers = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
+        self.hosts = [host for _, host in workers]
         self.writer = CheckpointWriter(
             job.checkpoints,
             rank=self.context.rank,
             writers=[group.ranks[0] for group in self.groups],
-            attempt=about[0][0],
+            attempt=workers[0][0],
             keep=job.runtime.checkpoints_kept,
             timeout_s=job.runtime.collective_timeout_s,
         )
@@ -151,13 +152,13 @@ class Loop:
         if state is None:
             self._save()  # step 0: the initial images
             self.writer.wait()
-            self.collectives.gather(None)  # rank 0's: it exists before anyone goes on
+            self.collectives.gather(None)  # barrier: the checkpoint exists once rank 0 is here
         else:
             self.distiller.load_state_dict(state)
 
     def _load_pool(self) -> ExtractorPool:
         job = self.job
-        network = new_network(job.model, job.store.spec, seed=0)  # its weights are the pool's
+        network = new_network(job.model, job.store.spec, seed=0)  # weights are the pool's
         epochs = job.snapshot_epochs
         if job.distill.extractor == "blend":
             epochs = epochs[:1] + epochs[-1:]
@@ -165,7 +166,7 @@ class Loop:
         return ExtractorPool(network, trajectories, epochs=epochs, device=self.context.device)
 
     def _restore(self) -> dict[str, Tensor] | None:
-        """The newest checkpoint that all workers can read; each reads its classes alone."""
+        """The newest checkpoint that all workers can read; each reads only its classes."""
         at_most: int | None = None
         while True:
             state = load_checkpoint(
@@ -174,16 +175,16 @@ class Loop:
             steps = self.collectives.gather(-1 if state is None else int(state["step"]))
             if len(set(steps)) == 1:
                 return state
-            at_most = min(steps)  # a part that only some workers need is damaged
+            at_most = min(steps)  # a part that only some workers read is damaged
 
     def run(self, progress: Progress | None = None) -> None:
-        """Step until the end; the last checkpoint holds the result."""
+        """Run the remaining steps; the last checkpoint holds the result."""
         job, distiller = self.job, self.distiller
         self.progress = progress or Progress(
             "distill", job.distill.num_steps, unit="steps", done=distiller.step
         )
         self.trackers = Trackers(job.tracked if self.context.rank == 0 else None, distiller.step)
-        if self.context.rank == 0:  # rows beyond the checkpoint will be written again
+        if self.context.rank == 0:  # drop rows after the checkpoint: they are written again
             kept = [row for row in read_rows(job.metrics) if row.get("step", 0) <= distiller.step]
             append_rows(job.metrics, kept, fresh=True)
         self.saved_at = time.monotonic()
@@ -210,18 +211,16 @@ class Loop:
         self.sent_before, self.waited_before = self.collectives.bytes_sent, self.collectives.seconds
 
     def _log(self) -> None:
-        """Add up what all workers have to tell; with it rank 0 says whether to save."""
-        waited = self.collectives.seconds - self.waited_before  # first: a GPU has done its steps
+        """All-reduce the metrics and rank 0's decision to save a checkpoint."""
+        waited = self.collectives.seconds - self.waited_before  # first: it synchronises the GPU
         job, now, rank = self.job, time.monotonic(), self.context.rank
         steps, last = self.distiller.step - self.first_step, self._is_last()
         due = last or now - self.saved_at >= job.runtime.checkpoint_every_s
-        mine = torch.zeros(2 + self.context.world_size, dtype=torch.float64)
-        mine[0] = self.collectives.bytes_sent - self.sent_before
-        mine[1] = float(rank == 0 and due and (last or not self.writer.busy))
-        mine[2 + rank] = now - self.began - waited
-        sums = torch.cat(
-            [torch.stack([*self.sums.values()]).double(), mine.to(self.context.device)]
-        )
+        own = torch.zeros(2 + self.context.world_size, dtype=torch.float64)
+        own[0] = self.collectives.bytes_sent - self.sent_before
+        own[1] = float(rank == 0 and due and (last or not self.writer.busy))
+        own[2 + rank] = now - self.began - waited
+        sums = torch.cat([torch.stack([*self.sums.values()]).double(), own.to(self.context.device)])
         totals = self.collectives.sum_all(sums).tolist()
         values, (sent, save, *seconds) = totals[: len(self.sums)], totals[len(self.sums) :]
         means = {
@@ -237,7 +236,7 @@ class Loop:
         self._start_interval()
 
     def _snapshot(self) -> None:
-        """Small pictures of the classes as they are now, for the report."""
+        """Write the current images of the group's classes as small PNGs, for the report."""
         if self.context.rank == self.group.ranks[0]:
             write_snapshot(self.job.snapshots, self.distiller.step, self.distiller.images)
 
@@ -259,17 +258,17 @@ class Loop:
         factor = self.job.runtime.straggler_factor
         for slow, ratio in stragglers(seconds, costs, factor):
             logger.warning(
-                "step %d: worker %d on %s takes %.1f times as long for its work as the others",
+                "step %d: worker %d on %s is %.1f times slower than the others",
                 step, slow, self.hosts[slow], ratio,
             )  # fmt: skip
 
     def _warn(self, drifted: dict[str, list[int]]) -> None:
         if self.context.rank == 0:
-            ranks = sorted({rank for found in drifted.values() for rank in found})
+            ranks = sorted({rank for holders in drifted.values() for rank in holders})
             logger.warning(
-                "step %d: workers %s on %s computed other values of %s than the first worker that "
-                "holds these; its values are used from here on. Unlike processors or software do "
-                "this, and so do kernels of a GPU that add in no fixed order",
+                "step %d: workers %s on %s computed different values of %s than the first worker "
+                "that holds them, whose values are used from here on. Different processors or "
+                "software versions cause this, and GPU kernels that add in no fixed order",
                 self.distiller.step,
                 ", ".join(map(str, ranks)),
                 ", ".join(dict.fromkeys(self.hosts[rank] for rank in ranks)),
@@ -277,8 +276,8 @@ class Loop:
             )
 
     def _save(self) -> None:
-        """Begin a checkpoint: what is taken now is written in the background. Before, workers that
-        share classes agree on the state (`Collectives.agree`), so that no drift outlives it.
+        """Start a checkpoint, written in the background. Workers that share classes first agree on
+        the state (`Collectives.agree`), which removes any drift between them.
         """
         state, drifted = self.collectives.agree(self.distiller.state_dict())
         if drifted:

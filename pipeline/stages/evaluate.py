@@ -1,4 +1,4 @@
-"""Stage evaluate: the accuracy of fresh networks on the distilled set, and on what it must beat."""
+"""Stage evaluate: accuracy of fresh networks trained on the distilled set and on baselines."""
 
 import dataclasses
 import itertools
@@ -16,18 +16,18 @@ from pipeline.graph import log
 from pipeline.runtime.files import Manifest, write_atomic
 from pipeline.runtime.identity import fingerprint
 from pipeline.stages.network_stage import NetworkStage, evaluation_task, named_model
-from pipeline.stages.networks import EvaluationTask, SetName
+from pipeline.stages.networks import CACHED_BEST, EvaluationTask, SetName
 from pipeline.stages.protocols import protocol_changes
 
 SOFT: dict[str, tuple[SetName, SetName]] = {
     "distilled": ("distilled_soft", "distilled_soft_views"),
     "random": ("random_soft", "random_soft_views"),
 }
-"""Set -> the same with stored soft labels, and with those of every view."""
+"""Set -> the same set with stored soft labels, and with soft labels of every view."""
 
 
 class Evaluate(NetworkStage):
-    """Accuracies of the distilled set and of its baselines, for every network."""
+    """Accuracies of the distilled set and its baselines, for every network."""
 
     name = "evaluate"
 
@@ -55,7 +55,9 @@ class Evaluate(NetworkStage):
 
     def identity(self) -> str:
         """See Stage."""
-        return fingerprint("evaluate", *self._names)
+        # Rows with these keys are rebuilt, from cached results, where older ones had other keys.
+        keys = ["best_on_test"] if self.config.evaluate.best_on_test_every else []
+        return fingerprint("evaluate", *self._names, *keys)
 
     def build(self) -> Manifest:
         """{"rows": [...], "measures": [...]}, one row for each set and network."""
@@ -87,7 +89,7 @@ def rows_of(
     groups: dict[tuple[str, str], list[tuple[EvaluationTask, Mapping[str, Any]]]] = {}
     for task, result in zip(tasks, results, strict=True):
         groups.setdefault((task.set, task.model.name), []).append((task, result))
-    return [_row([task for task, _ in g], [found for _, found in g]) for g in groups.values()]
+    return [_row([task for task, _ in g], [result for _, result in g]) for g in groups.values()]
 
 
 def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -108,12 +110,12 @@ def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) 
         row["label_bytes"] = task.label_bytes()
     if all(result["confusion"] is not None for result in results):
         row["confusion"] = torch.tensor([r["confusion"] for r in results]).sum(0).tolist()
-    if task.legacy_every:
-        legacy = [result["legacy"] for result in results]
+    if task.best_on_test_every:
+        best = [result[CACHED_BEST] for result in results]
         row |= {
-            "legacy": legacy,
-            "legacy_mean": statistics.fmean(legacy),
-            "legacy_std": _std(legacy),
+            "best_on_test": best,
+            "best_on_test_mean": statistics.fmean(best),
+            "best_on_test_std": _std(best),
         }
     return row
 
@@ -123,10 +125,10 @@ def _std(values: Sequence[float]) -> float:
 
 
 def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """DD-Ranking's measures, for every network whose rows they need are there: {"set", "network",
-    and the fields of RankingMeasures}.
+    """DD-Ranking's measures for every network with the required rows: {"set", "network", and the
+    fields of RankingMeasures}.
     """
-    found = []
+    ranked = []
     for network in dict.fromkeys(row["network"] for row in rows):
         mean = {row["set"]: row["mean"] for row in rows if row["network"] == network}
         for used, random in (
@@ -141,15 +143,15 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     as_used=mean[used],
                     random=mean[random],
                 )
-                found.append({"set": used, "network": network, **dataclasses.asdict(values)})
-    return found
+                ranked.append({"set": used, "network": network, **dataclasses.asdict(values)})
+    return ranked
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text, accuracies in percent."""
-    legacy = any("legacy" in row for row in rows)
+    has_best = any("best_on_test" in row for row in rows)
     header = ["set", "network", "images/class", "epochs", "accuracy %", "95 % interval", "runs"]
-    lines = [[*header, *(["legacy (best on test) %"] if legacy else [])]]
+    lines = [[*header, *(["best on test %"] if has_best else [])]]
     for row in rows:
         mean, half = 100 * row["mean"], row.get("ci95")
         lines.append(
@@ -165,10 +167,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 str(len(row["accuracy"])),
             ]
         )
-        if legacy and "legacy" in row:
-            best = f"{100 * row['legacy_mean']:.1f} +- {100 * row['legacy_std']:.1f}"
-            lines[-1].append(best)
-        elif legacy:
+        if "best_on_test" in row:
+            mean, std = row["best_on_test_mean"], row["best_on_test_std"]
+            lines[-1].append(f"{100 * mean:.1f} +- {100 * std:.1f}")
+        elif has_best:
             lines[-1].append("")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Stage export: the distilled set in a format that others read, in export/ of the run."""
+"""Stage export: write the distilled set in a standard format to export/ of the run."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,31 +14,31 @@ Format = Literal["imagefolder", "webdataset", "parquet"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What the export stage writes."""
+    """Format of the exported set."""
 
     to: Format = "parquet"
-    """imagefolder: train/<class>/<n>.png. webdataset: tar shards. parquet: as the Hugging Face hub
-    shows it. `--to` is short for it."""
+    """imagefolder: train/<class>/<n>.png. webdataset: tar shards. parquet: as on the Hugging Face
+    hub. Short form: `--to`."""
 
 
 class Export(Action):
-    """The set with soft labels if there is one, else with hard ones."""
+    """Export of the set with soft labels if the run has one, else with hard labels."""
 
     name = "export"
 
     def perform(self) -> None:
         """See Action."""
-        from pipeline.stages.export_formats import export  # pyarrow takes its time
+        from pipeline.stages.export_formats import export  # pyarrow is slow to import
 
         soft, to = self.config.curate.soft_labels, self.config.export.to
         _ = self.run.stage(Curate if soft else Distill).manifest
         directory = self.run.directory
         evaluation = read_json(directory / "evaluation.json") or {}
-        made = export(
+        path = export(
             load(directory / ("curated" if soft else "distilled")),
             directory / "export" / to,
             to,
             name=directory.name,
             rows=evaluation.get("rows", []),
         )
-        log(f"export: {made}")
+        log(f"export: {path}")

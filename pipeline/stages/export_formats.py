@@ -1,4 +1,4 @@
-"""A distilled set in a format that others read without us, with its data card."""
+"""Export formats of a distilled set (ImageFolder, WebDataset, Parquet), and its data card."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from pipeline.runtime.directories import folder_names, replaced
 from pipeline.runtime.files import write_atomic
 from pipeline.stages.export import Format
 
-PER_FILE = 10_000  # images of a tar or Parquet file
+PER_FILE = 10_000  # images per tar or Parquet file
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Example:
     """One training image."""
 
     key: str
-    png: bytes  # full size, 8 bits a channel: at most 1/510 from the value that was distilled
+    png: bytes  # full size, 8 bits per channel: at most 1/510 from the distilled value
     label: int
     soft_label: list[float] | None
 
 
 def examples(synthetic: SyntheticSet) -> Iterator[Example]:
-    """The decoded images of a set, as others train on them."""
+    """The decoded images of a set, for training."""
     images, labels = synthetic.decode()
     soft = synthetic.soft_labels
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -51,10 +51,9 @@ def export(
     name: str,
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> UPath:
-    """Write the set and its README.md into a directory, in the place of all that it holds; returns
-    the directory.
+    """Write the set and its README.md, replacing the directory's contents; returns the directory.
 
-    `rows` are those of evaluation.json, for the card.
+    `rows`: rows of evaluation.json, for the card.
     """
     writer = {"imagefolder": _imagefolder, "webdataset": _webdataset, "parquet": _parquet}[to]
     with replaced(directory, last="README.md") as new:
@@ -153,9 +152,9 @@ def data_card(
     name: str,
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """README.md as the Hugging Face hub reads it: a header of metadata in YAML, then the text.
+    """Data card (README.md) for the Hugging Face hub: YAML metadata, then the text.
 
-    No license is claimed: it follows from the real images, which this project does not know.
+    The license is "unknown": it depends on that of the real images.
     """
     count = len(synthetic.labels) * synthetic.factor**2
     header = {
@@ -166,13 +165,13 @@ def data_card(
         "size_categories": [_size_category(count)],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": files}]}],
     }
-    # A JSON value is a YAML value, whatever characters a name has.
+    # JSON values are valid YAML, whatever characters a name has.
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
     lines = [
         f"---\n{yaml}\n---\n",
         f"# {name}, distilled\n",
-        "Learned images, not photographs, that stand in for a whole data set when a network is "
-        "trained. Made by neural characteristic function matching (NCFM, arXiv 2502.20653).\n",
+        "Learned images, not photographs, that replace a whole data set for training a network. "
+        "Made by neural characteristic function matching (NCFM, arXiv 2502.20653).\n",
         f"```python\n{_LOAD[to]}\n```\n",
         "| | |\n|---|---|",
         *(f"| {key} | {_cell(value)} |" for key, value in _facts(synthetic, to).items()),
@@ -189,14 +188,14 @@ def data_card(
             ),
         ]
     lines.append(
-        "\nLimits: the images carry what the real set carries, its biases and private content "
-        "included; they stand for it in training alone.\n"
+        "\nLimits: the images inherit the biases and private content of the real set; they replace "
+        "it for training only.\n"
     )
     return "\n".join(lines)
 
 
 def _facts(synthetic: SyntheticSet, to: Format) -> dict[str, object]:
-    """What the card says of a set, by name."""
+    """The card's table of facts."""
     spec, provenance = synthetic.spec, synthetic.provenance
     count, versions = len(synthetic.labels) * synthetic.factor**2, provenance.get("versions", {})
     return {
@@ -226,7 +225,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _size_category(count: int) -> str:
-    """The hub's names of sizes."""
+    """The hub's size category."""
     for limit, name in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M")):
         if count < limit:
             return name

@@ -1,4 +1,4 @@
-"""Stages whose result follows from those of fresh networks, and what these are trained on."""
+"""Base of the stages that train fresh networks, and the tasks of these networks."""
 
 import dataclasses
 from abc import abstractmethod
@@ -21,16 +21,16 @@ from pipeline.stages.shard import Shard
 
 
 class NetworkStage(Stage):
-    """A stage whose result follows from those of such networks."""
+    """A stage whose result is computed from those of fresh networks."""
 
     @property
     @abstractmethod
     def tasks(self) -> Sequence[EvaluationTask]:
-        """The networks, each with its set."""
+        """One task per network and set."""
 
     @property
     def cache(self) -> UPath:
-        """Results of single networks, shared by all runs of a storage path."""
+        """Cache of single networks' results, shared by all runs of a storage path."""
         return self.config.storage / "cache" / "evaluate"
 
     @property
@@ -38,15 +38,15 @@ class NetworkStage(Stage):
         return [task.result_path(self.cache).name for task in self.tasks]
 
     def results(self) -> list[dict[str, Any]]:
-        """Of all tasks, in their order."""
+        """Results of all tasks, in order."""
         tasks = self.tasks
         workers = self.run.workers(len(tasks), threads=MOST_THREADS)
         return run_tasks(tasks, self.cache, workers, stage=self.name)
 
 
 def named_model(run: Run, name: str) -> ModelConfig:
-    """The network of that name; the run's own options hold for its own. Raises UsageError if it
-    cannot be built for these images.
+    """The network of that name, with the run's model options if it is the run's own model. Raises
+    UsageError if it cannot be built for these images.
     """
     model = run.config.model if name == run.config.model.name else ModelConfig(name=name)
     check_model(run, model)
@@ -54,7 +54,7 @@ def named_model(run: Run, name: str) -> ModelConfig:
 
 
 def check_model(run: Run, model: ModelConfig) -> None:
-    """Raises UsageError if a network cannot be built for these images."""
+    """Raise UsageError if a network cannot be built for these images."""
     manifest = run.stage(Shard).manifest
     try:
         with torch.device("meta"):
@@ -76,7 +76,7 @@ def evaluation_task(
     model: ModelConfig,
     classes: tuple[int, ...] | None = None,
 ) -> EvaluationTask:
-    """The task of a network on one of this run's sets, which is made first."""
+    """The task of a network on one of this run's sets; the set is built first."""
     cfg, shards, pool = run.config, run.stage(Shard), run.stage(Pretrain)
     counts = shards.manifest["splits"]["train"]["counts"]
     training = cfg.evaluate.training
@@ -95,7 +95,7 @@ def evaluation_task(
         model=model,
         training=training,
         hard_epochs=round(cfg.curate.hard_fraction * training.epochs),
-        legacy_every=cfg.evaluate.legacy_every if classes is None else 0,
+        best_on_test_every=cfg.evaluate.best_on_test_every if classes is None else 0,
         classes=classes,
         ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
         factor=cfg.synthetic.factor,
@@ -104,7 +104,7 @@ def evaluation_task(
 
 
 def _content(run: Run, name: SetName) -> object:
-    """What a set depends on beside the shards."""
+    """Everything that a set depends on besides the shards."""
     cfg, pool = run.config, run.stage(Pretrain)
 
     def teachers() -> tuple[object, ...]:

@@ -1,7 +1,7 @@
-"""Fresh networks, trained on a set of images and tested on the val split, as parallel Ray tasks.
+"""Train fresh networks on image sets and test them on the val split, as parallel Ray tasks.
 
-One task is one network. Its result is a small file in the cache, so that a rerun with more repeats,
-or another run that needs the same baseline, trains only what nobody has trained yet.
+One task per network. Results are small files in the cache: a rerun with more repeats, or another
+run with the same baseline, trains only the missing networks.
 """
 
 import copy
@@ -48,10 +48,12 @@ SetName = Literal[
 ]
 
 EVALUATE_VERSION = 2
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 MAX_RETRIES = 3
-"""Of a network whose worker died."""
-CONFUSION_CLASSES = 100  # with more classes a row keeps their accuracies alone
+"""Retries of a network whose worker died."""
+CONFUSION_CLASSES = 100  # with more classes, only per-class accuracies are kept
+CACHED_BEST = "legacy"
+"""Key of the best test accuracy in cached results: its former name, so that they stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +71,18 @@ class EvaluationTask:
     curate: CurateConfig
     model: ModelConfig
     training: TrainConfig
-    hard_epochs: int  # of sets with soft labels: so many last epochs learn from the hard ones
-    legacy_every: int = 0
-    classes: tuple[int, ...] | None = None  # learned and tested on these, as 0, 1, ...; None: all
+    hard_epochs: int  # final epochs on hard labels, for sets with soft labels
+    best_on_test_every: int = 0
+    classes: tuple[int, ...] | None = (
+        None  # train and test on these, relabelled 0, 1, ...; None: all
+    )
     ipc: int
     factor: int
     seed: int
 
     @property
     def is_soft(self) -> bool:
-        """Whether the network learns from soft labels."""
+        """Whether the network learns from stored soft labels."""
         return self.set in ("distilled_soft", "random_soft")
 
     @property
@@ -87,7 +91,7 @@ class EvaluationTask:
         return self.set in ("distilled_soft_views", "random_soft_views")
 
     def label_bytes(self) -> int:
-        """What the labels take to store, beyond a number of each image's class."""
+        """Storage of the labels in bytes, beyond one class index per image."""
         classes = self.store.spec.num_classes
         images = classes * self.ipc * (self.factor**2 if self.set.startswith("distilled") else 1)
         if self.is_relabelled:
@@ -96,38 +100,38 @@ class EvaluationTask:
         return 4 * images * classes if self.is_soft else 0
 
     def result_path(self, cache: UPath) -> UPath:
-        """Where the result of exactly this network is kept."""
+        """Path of this network's cached result."""
         parts: list[object] = [EVALUATE_VERSION, self.set, self.repeat, self.identity]
         parts += [self.model, self.training, self.seed]
         if self.is_soft or self.is_relabelled:
             parts.append(self.hard_epochs)
-        if self.legacy_every:
-            parts.append(f"legacy {self.legacy_every}")
+        if self.best_on_test_every:
+            parts.append(f"legacy {self.best_on_test_every}")  # the option's former name
         if self.classes is not None:
             parts.append(list(self.classes))
         return cache / f"{fingerprint(*parts)}.json"
 
     def training_set(self, device: str) -> ImageSource:
-        """The images that the network learns from, labels as in the whole set."""
+        """The training images; labels are those of the whole set, not yet relabelled."""
         spec = self.store.spec
         classes = self.classes or tuple(range(spec.num_classes))
         if self.set == "whole":
             return StoredImages(self.store, "train", classes)
         if self.set in ("distilled", "distilled_soft", "distilled_soft_views"):
-            made = load(self.distilled).of_classes(classes)
+            images = load(self.distilled).of_classes(classes)
         elif self.set == "herding":
-            made = self._herding(classes, device)
+            images = self._herding(classes, device)
         else:
-            made = self.random_images(classes)
+            images = self.random_images(classes)
         if self.set == "random_soft":
             count = min(self.curate.networks, self.networks)
             teachers = pool_networks(self.pool, count, self.pool_model, spec)
-            made = add_soft_labels(made, teachers, self.curate, device=device)
-        return made.source(soft=self.is_soft, device=device)
+            images = add_soft_labels(images, teachers, self.curate, device=device)
+        return images.source(soft=self.is_soft, device=device)
 
     def random_images(self, classes: Sequence[int]) -> SyntheticSet:
-        """Random real images, stored as the synthetic ones are. Another draw in every repeat: the
-        spread of the baseline is that of its choice, too.
+        """Random real images, stored like the synthetic ones. Each repeat draws anew, so that the
+        baseline's spread includes the draw.
         """
         factor = self.factor if self.set == "random_same_factor" else 1
         real = ClassBatches(self.store, classes, self.seed)
@@ -146,9 +150,9 @@ class EvaluationTask:
         return SyntheticSet(torch.cat(images), labels, factor, self.store.spec)
 
     def _herding(self, classes: Sequence[int], device: str) -> SyntheticSet:
-        """Real images that herding chooses; each repeat by the features of another network."""
+        """Real images chosen by herding; each repeat uses the features of another pool network."""
         spec = self.store.spec
-        network = new_network(self.pool_model, spec, seed=0)  # its weights are the pool's
+        network = new_network(self.pool_model, spec, seed=0)  # weights are loaded below
         _, trained = load_member(self.pool, self.repeat % self.networks)
         network.load_state_dict(trained)
         chosen = [
@@ -170,8 +174,8 @@ class EvaluationTask:
         return ViewLabels([copy.deepcopy(each) for each in teachers], self.curate, device=device)
 
     def run(self, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
-        """Train and test; runs inside a Ray task. The threads make no difference to the result."""
-        torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
+        """Train and test, inside a Ray task. The result does not depend on `threads`."""
+        torch.set_num_threads(1)  # per operation: threads share a batch instead
         spec, train_on = self.store.spec, self.training_set(device)
         test_on: ImageSource = StoredImages(self.store, "val", self.classes)
         if self.classes is not None:
@@ -181,7 +185,7 @@ class EvaluationTask:
             train_on, test_on = (Relabelled(s, self.classes) for s in (train_on, test_on))
         hard = _HARD.get(self.set)
         tail = dataclasses.replace(self, set=hard) if hard else None
-        judged = train_and_test(
+        result = train_and_test(
             train_on,
             test_on,
             spec,
@@ -191,18 +195,18 @@ class EvaluationTask:
             device=device,
             tail=tail.training_set(device) if tail else None,
             tail_epochs=self.hard_epochs,
-            test_every=self.legacy_every,
+            test_every=self.best_on_test_every,
             threads=threads,
             relabel=self._view_labels(device) if self.is_relabelled else None,
         )
         return {
-            "accuracy": judged.accuracy,
+            "accuracy": result.accuracy,
             "peak_rss_bytes": peak_rss_bytes(),
-            "per_class": _per_class(judged.confusion),
-            "confusion": judged.confusion.tolist()
+            "per_class": _per_class(result.confusion),
+            "confusion": result.confusion.tolist()
             if spec.num_classes <= CONFUSION_CLASSES
             else None,
-            "legacy": judged.best_test_accuracy,
+            CACHED_BEST: result.best_test_accuracy,
         }
 
 
@@ -215,26 +219,26 @@ _HARD: dict[SetName, SetName] = {
 
 
 def _per_class(confusion: Tensor) -> list[float]:
-    """Accuracy of each class; 0 for one without test images."""
+    """Accuracy of each class; 0 for a class without test images."""
     counts = confusion.sum(1).clamp_min(1)
-    found: list[float] = (confusion.diagonal() / counts).tolist()
-    return found
+    accuracies: list[float] = (confusion.diagonal() / counts).tolist()
+    return accuracies
 
 
 def run_tasks(
     tasks: Sequence[EvaluationTask], cache: UPath, workers: Workers, *, stage: str
 ) -> list[dict[str, Any]]:
-    """The results of the tasks, in their order: from the cache, or else by Ray tasks, as many at a
-    time as there are workers. A result is the same whatever runs beside it.
+    """Results of the tasks, in order: from the cache, else by Ray tasks, as many at a time as there
+    are workers. A result does not depend on what runs beside it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     paths = [task.result_path(cache) for task in tasks]
     waiting = {
         path: task for path, task in zip(paths, tasks, strict=True) if not path.exists()
-    }  # each once, though two rows may need it
+    }  # each once, even if two rows need it
     progress = Progress(stage, len(waiting), unit="networks")
-    found = run_each(EvaluationTask.run, waiting, workers, max_retries=MAX_RETRIES)
-    for done, (path, result) in enumerate(found, start=1):
+    results = run_each(EvaluationTask.run, waiting, workers, max_retries=MAX_RETRIES)
+    for done, (path, result) in enumerate(results, start=1):
         write_atomic(path, json.dumps(result))
         progress.update(done, **{waiting[path].set: result["accuracy"]})
     return [read_json(path) for path in paths]

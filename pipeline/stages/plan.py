@@ -1,8 +1,8 @@
-"""Stage plan: what a run would need - disk, memory, network, time - before anything is started.
+"""Stage plan: estimate a run's disk, memory, network traffic and time before starting it.
 
-Nothing is written and no cluster is joined. A sample of the source's images is encoded, and a probe
-takes a few steps on random images of the right shapes, as many probes at once as this machine would
-have workers. For another machine's GPU the time comes from a table.
+Nothing is written and no cluster is joined. A sample of the source's images is encoded, and probes
+run a few steps on random images of the right shapes, one probe per worker that this machine would
+have. For another machine's GPU the time comes from a table.
 """
 
 import os
@@ -26,16 +26,15 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 ENCODED = 128
-"""Images of the source that are encoded to learn their size."""
-
+"""Images of the source that are encoded to estimate the shard size."""
 
 SMALLEST_STEP = 0.05
-"""Steps with less than this part of the table's work are said to be beyond it."""
+"""Fraction of the table's FLOP below which the estimate is marked as too low."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Stage plan: what a run would need."""
+    """Estimate of a run's resources."""
 
     nodes: int | None = None
     """Compute for a cluster of so many nodes, from formulas, instead of measuring this machine."""
@@ -48,12 +47,12 @@ class PlanConfig:
     images: int | None = None
     """With `nodes`: its images."""
     gpu: str | None = None
-    """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table instead of by a
-    probe of this machine."""
+    """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table instead of probing
+    this machine."""
     probe_s: float = 60.0
-    """About how long the probe of the step may take."""
+    """Approximate time limit of the step probe, seconds."""
     max_steps: int = 5
-    """Steps that are timed, after one that is not counted."""
+    """Timed steps, after one warm-up step."""
 
     def __post_init__(self) -> None:
         if not self.probe_s > 0:
@@ -69,7 +68,7 @@ class PlanConfig:
 
 
 class Plan(Action):
-    """Tells what the run would need; nothing is started or written."""
+    """Print the estimated resources of a run; nothing is started or written."""
 
     name = "plan"
     writes = False
@@ -99,11 +98,11 @@ class Plan(Action):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuTime:
-    """Seconds of a step of one measured configuration on a GPU."""
+    """Seconds per step of one measured configuration on a GPU."""
 
     fixed_s: float  # psi off
     psi_s: float  # psi on
-    flops: float  # of all its passes
+    flops: float  # per step, all passes
     source: str
 
 
@@ -111,8 +110,8 @@ GPUS = {
     "A100": GpuTime(
         fixed_s=0.73,
         psi_s=1.33,
-        # CIFAR-100, IPC 10: 100 classes of 500 real and, 4 a stored one, 40 decoded images, these
-        # with 6 passes; 101.9 MFLOP a pass of the ConvNet-3 of width 128 at 32 px.
+        # CIFAR-100, IPC 10: 100 classes of 500 real and 40 decoded images (4 per stored one, 6
+        # passes each); 101.9 MFLOP per pass of the ConvNet-3 of width 128 at 32 px.
         flops=100 * (500 + 40 * 6) * 101.9e6,
         source="paper, table 3: the released code, CIFAR-100, IPC 10; not measured by us",
     )
@@ -121,16 +120,16 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run would need. Bytes, seconds."""
+    """Estimated resources of a run. Bytes, seconds."""
 
     images: int
     shard_bytes: int
-    store_bytes: int  # on every node, at most: of the classes that its workers need
+    store_bytes: int  # upper bound per node, which stores the classes of its workers
     workers: int
     use_gpu: bool
-    memory: int  # a worker that distils, without the pages of the store: the kernel's cache
-    gpu_memory: int | None  # without pools, up to GPU_SHARE of what is free; None: no GPU
-    network_bytes: int  # a step, all workers together, without metrics
+    memory: int  # per distillation worker, without the store's pages in the page cache
+    gpu_memory: int | None  # without pools, up to GPU_SHARE of the free memory; None: no GPU
+    network_bytes: int  # per step, all workers, without metrics
     step_s: float
     step_source: str
     distill_s: float
@@ -139,7 +138,7 @@ class Estimate:
 
 
 def estimate(config: "RunConfig", source: Source) -> Estimate:
-    """Measure and add up. Raises UsageError for a GPU that the table does not have."""
+    """Probe this machine and estimate. Raises UsageError for a GPU that is not in the table."""
     _check_gpu(config)
     counts = train_counts(source)
     synthetic = config.ipc * config.synthetic.factor**2
@@ -154,12 +153,12 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
     workers = config.num_workers or min(here, most_workers(costs))
     groups = assign(costs, workers)
     busiest = max(groups, key=lambda group: group.cost(costs))
-    mine = [max(1, real[c] // len(busiest.ranks)) for c in busiest.classes]
+    real_per_class = [max(1, real[c] // len(busiest.ranks)) for c in busiest.classes]
     answers = run_probes(
         Request(
             config=config,
             classes=len(counts),
-            real=mine,
+            real=real_per_class,
             threads=1,
             seconds=config.plan.probe_s,
             device="cuda" if probe_gpus else "cpu",
@@ -171,7 +170,7 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
     step_s, step_source = _step_time(config, slowest, passes)
     spec = image_spec(config, len(counts))
     trained = config.pretrain.networks * config.pretrain.training.epochs * sum(counts)
-    speed = step_s / slowest.step_s  # of another machine, by the same ratio as the steps
+    speed = step_s / slowest.step_s  # another machine is assumed to train at the ratio of steps
     images = sum(len(source.samples(split)) for split in SPLITS)
     return Estimate(
         images=images,
@@ -223,14 +222,14 @@ def _step_time(config: "RunConfig", probe: Answer, passes: float) -> tuple[float
 
 
 def gpu_step_s(gpu: str, config: "RunConfig", flops: float) -> float:
-    """Seconds of a step whose passes take so many FLOP, by the table."""
+    """Seconds per step of this many FLOP, scaled from the table."""
     known = GPUS[gpu]
     reference = known.psi_s if config.frequencies.sampler == "psi" else known.fixed_s
     return reference * flops / known.flops
 
 
 def _evaluated(config: "RunConfig", counts: list[int]) -> int:
-    """Images trained on in the evaluation, all networks and epochs."""
+    """Training images of the evaluation, summed over networks and epochs."""
     stored = config.ipc * len(counts)
     decoded = stored * config.synthetic.factor**2
     each = 2 * decoded + stored  # distilled, same-factor random, random
@@ -240,8 +239,8 @@ def _evaluated(config: "RunConfig", counts: list[int]) -> int:
 
 
 def shard_bytes(config: "RunConfig", source: Source) -> int:
-    """Bytes of all shards, from the encoded size of some images. Raises StageError if none of them
-    can be read.
+    """Estimated bytes of all shards, from a sample of encoded images. Raises StageError if none of
+    the sample can be read.
     """
     samples = [sample for split in SPLITS for sample in source.samples(split)]
     stride = max(1, len(samples) // ENCODED)
@@ -250,7 +249,7 @@ def shard_bytes(config: "RunConfig", source: Source) -> int:
         try:
             image = source.read(sample)
         except OSError:
-            continue  # the shard stage will list it
+            continue  # the shard stage lists it
         small = square(image, config.shard.image_size, config.shard.channels)
         sizes.append(TAR_OVERHEAD + len(encode(small, config.shard)))
     if not sizes:

@@ -1,8 +1,8 @@
-"""Stage pretrain: the pool of extractors, each of its members trained in a Ray task.
+"""Stage pretrain: train the pool of feature extractors, one Ray task per member.
 
-Member i depends on (seed, i) alone. Each is one file, written when it is done, beside its snapshots
-if any are kept: an interrupted stage goes on with the members that are missing, and inside one of
-them with the epoch after its last checkpoint.
+Member i depends only on (seed, i). Each is one file, written when it is trained, beside its
+snapshots if any are kept: an interrupted stage resumes with the missing members, and a member with
+the epoch after its last checkpoint.
 """
 
 import time
@@ -40,10 +40,10 @@ from pipeline.runtime.tasks import MOST_THREADS, run_each
 from pipeline.runtime.workers import Workers
 from pipeline.stages.shard import Shard
 
-PROGRESS_S = 30.0  # between two lines about a network: many are trained at once
+PROGRESS_S = 30.0  # between progress lines of a network: many are trained at once
 
 PRETRAIN_VERSION = 2
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ class PretrainConfig:
             augment=AugmentConfig(strategy="color_crop", single=False), cutmix_prob=0.5
         )
     )
-    """Training of one of them; the defaults are the released code's."""
+    """Training of each network; the defaults are the released code's."""
     snapshot_every: int = 0
-    """Keep a snapshot of every network each so many epochs, the initial and the trained one
-    included, for distill.extractor `snapshot` and `snapshot_blend`. 0: these two alone."""
+    """Epochs between snapshots of each network, for distill.extractor `snapshot` and
+    `snapshot_blend`. 0: only the initial and the trained weights, which are always kept."""
 
     def __post_init__(self) -> None:
         if self.networks < 1:
@@ -70,13 +70,13 @@ class PretrainConfig:
 
     @property
     def snapshot_epochs(self) -> tuple[int, ...]:
-        """Epochs of training after which the weights are kept, from 0 to the last."""
+        """Epochs after which the weights are kept, from 0 to the last."""
         last = self.training.epochs
         return (*range(0, last, self.snapshot_every or last), last)
 
 
 class Pretrain(Stage):
-    """The pool of extractors, in the cache. A larger pool adds to a smaller one."""
+    """The pool of extractors, in the cache. A larger pool extends a smaller one."""
 
     name = "pretrain"
 
@@ -88,7 +88,7 @@ class Pretrain(Stage):
         pretrain: PretrainConfig | None = None,
         seed: int | None = None,
     ) -> None:
-        """The run's own pool, or another one that differs in what is given."""
+        """The run's own pool, or a variant with the given model, options or seed."""
         super().__init__(run)
         self.model, self.pretrain = model or run.config.model, pretrain or run.config.pretrain
         self.seed = run.config.seed if seed is None else seed
@@ -128,7 +128,7 @@ class Pretrain(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:
-    """What a worker needs to train its members of the pool."""
+    """Inputs of a task that trains a member of the pool."""
 
     store: Store
     directory: UPath
@@ -140,7 +140,7 @@ class PretrainJob:
 
 
 def pretrain(job: PretrainJob, workers: Workers, *, max_failures: int) -> Manifest:
-    """Train the members that are not there yet; returns what the manifest says of the pool."""
+    """Train the missing members; returns the pool's manifest entries."""
     members = range(job.config.networks)
     missing = {i: (job, i) for i in members if not member_path(job.directory, i).exists()}
     progress = Progress("pretrain", len(missing), unit="networks")
@@ -154,10 +154,10 @@ def pretrain(job: PretrainJob, workers: Workers, *, max_failures: int) -> Manife
 
 
 def pretrain_member(task: tuple[PretrainJob, int], threads: int, device: str) -> dict[str, Any]:
-    """Train one member, as a Ray task. The threads make no difference to the result."""
-    torch.set_num_threads(1)  # of an operation: parts of a batch are what threads share
+    """Train one member, as a Ray task. The result does not depend on the number of threads."""
+    torch.set_num_threads(1)  # per operation: threads share a batch instead
     job, member = task
-    if member_path(job.directory, member).exists():  # the worker died after it had written it
+    if member_path(job.directory, member).exists():  # its worker died after writing it
         return _result(read_rows(metrics_path(job.directory, member))[-1])
     images = {split: StoredImages(job.store, split) for split in ("train", "val")}
     return train_member(job, member, images, job.store.spec, torch.device(device), threads=threads)
@@ -173,8 +173,8 @@ def train_member(
     threads: int = 1,
     on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a member, or go on from its last checkpoint, and write its files; returns its accuracy
-    on val and the memory that it took.
+    """Train a member, resuming from its last checkpoint, and write its files; returns its val
+    accuracy and peak memory.
     """
     model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
     initial = {name: value.clone() for name, value in model.state_dict().items()}
@@ -212,7 +212,7 @@ def _result(last: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Record:
-    """What is kept of a member's training: rows of metrics, snapshots, and its last checkpoint."""
+    """Files of a member's training: metric rows, snapshots, and its last checkpoint."""
 
     def __init__(self, job: PretrainJob, member: int, model: Any) -> None:
         self.job, self.member, self.model = job, member, model
@@ -226,28 +226,28 @@ class _Record:
         self.progress = Progress(name, epochs, unit="epochs", done=done, interval=PROGRESS_S)
 
     def tell(self, epochs: float) -> None:
-        """Print how far it is, now and then."""
+        """Print progress, rate-limited."""
         self.progress.update(round(epochs, 2))
 
     def add(self, epoch: EpochReport) -> None:
-        """Keep a row of this epoch, and the weights after it if they are a snapshot."""
+        """Add the epoch's metric row; write a snapshot if one is due."""
         row = {"stage": "pretrain", "network": self.member, "epoch": epoch.epoch}
         row |= {"time": time.time(), "pretrain/loss": epoch.loss}
         self.rows.append({**row, "pretrain/accuracy": epoch.accuracy})
-        # The first and the last ones are in the member's own file.
+        # The first and last weights are in the member's own file.
         if epoch.epoch + 1 in self.job.config.snapshot_epochs[1:-1]:
             path = snapshot_path(self.job.directory, self.member, epoch.epoch + 1)
             write_atomic(path, save(contiguous(self.model.state_dict())))
 
     def save(self, state: State) -> None:
-        """Write a checkpoint if the last one is old enough."""
+        """Write a checkpoint if one is due."""
         if time.monotonic() - self.saved_at >= self.job.checkpoint_every_s:
             append_rows(self.metrics, self.rows, fresh=True)
             write_atomic(self.checkpoint, save(contiguous(state)))
             self.saved_at = time.monotonic()
 
     def end(self, last: Mapping[str, Any], member: bytes) -> None:
-        """Write the member, with what its last row says beside; then no checkpoint is needed."""
+        """Write the member and its final metrics; remove the checkpoint."""
         self.rows[-1] |= last
         append_rows(self.metrics, self.rows, fresh=True)
         write_atomic(member_path(self.job.directory, self.member), member)

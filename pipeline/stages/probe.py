@@ -1,6 +1,6 @@
-"""A short measured probe: steps of a distillation, and of training, on random images.
+"""Time and memory of distillation steps and of training, measured on random images.
 
-Each is a process of its own, so that its memory is that of a worker.
+Each probe is a separate process, so that its memory is that of a worker.
 """
 
 import dataclasses
@@ -34,31 +34,31 @@ TRAINED_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a probe is asked for: the share of one worker."""
+    """Workload of a probe: the share of one worker."""
 
     config: "RunConfig"
     classes: int  # of the data set
-    real: list[int]  # real images in a batch, of each class that the worker has
+    real: list[int]  # real images per batch, for each of the worker's classes
     threads: int
-    seconds: float  # how long the steps may take, about
-    device: str = "cpu"  # "cpu", or "cuda": one GPU a probe
+    seconds: float  # approximate time limit of the steps
+    device: str = "cpu"  # "cpu", or "cuda": one GPU per probe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a probe found."""
+    """Result of a probe."""
 
     step_s: float
-    whole: bool  # whether whole steps were timed; else a part, and multiplied
-    train_image_s: float  # seconds to train on an image
-    memory: int  # bytes resident, without the real images that a worker keeps
-    working: int  # of these, what the steps added: on a GPU it is there
-    gpu_memory: int | None  # bytes, if it ran on one
-    pass_flops: int  # of one image through the network
+    whole: bool  # whether whole steps were timed, not extrapolated from a part
+    train_image_s: float  # seconds to train on one image
+    memory: int  # resident bytes, without the worker's real images
+    working: int  # the part of it that the steps added; on a GPU this is GPU memory
+    gpu_memory: int | None  # bytes; None: no GPU
+    pass_flops: int  # forward pass of one image
 
 
 def run_probes(request: Request, count: int) -> list[Answer]:
-    """So many probes side by side, as workers would be on this machine. Raises StageError."""
+    """Run `count` probes concurrently, as workers would on this machine. Raises StageError."""
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=fresh, max_tasks_per_child=1) as processes:
         try:
@@ -68,7 +68,7 @@ def run_probes(request: Request, count: int) -> list[Answer]:
 
 
 def probe_requests(request: Request, count: int) -> list[Request]:
-    """The requests of that many probes; on GPUs each has its own."""
+    """The requests of `count` probes, each with its own GPU if on GPUs."""
     if request.device != "cuda":
         return [request] * count
     return [dataclasses.replace(request, device=f"cuda:{place}") for place in range(count)]
@@ -76,7 +76,7 @@ def probe_requests(request: Request, count: int) -> list[Request]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Part of a worker's share: real images of each class, and stored ones a class."""
+    """Part of a worker's share: real images of each class, and stored images per class."""
 
     real: Sequence[int]
     ipc: int
@@ -88,21 +88,21 @@ class _Part:
         return sum(cost.shared + cost.own for cost in costs)
 
     def scaled(self, share: float) -> "_Part":
-        """About this share of the passes: fewer classes, or less of one."""
+        """A part with about this share of the passes: fewer classes, or fewer images of one."""
         count = max(1, round(share * len(self.real)))
         rest = min(1.0, share * len(self.real))
         real = [max(1, round(rest * n)) for n in self.real[:count]]
         return _Part(real, max(1, round(rest * self.ipc)))
 
     def kept(self, config: "RunConfig") -> int:
-        """Decoded synthetic images whose graph is in memory at once: those of a class, about."""
+        """Decoded synthetic images with a live graph: about those of one class."""
         most = config.distill.graph_images or default_graph_images(config.shard.image_size)
         return min(self.ipc * config.synthetic.factor**2, most)
 
 
 def probe(request: Request) -> Answer:
-    """Time the steps in this process."""
-    import ray.train.torch  # noqa: F401 # a worker has it in memory, too
+    """Measure step time, training time and memory in this process."""
+    import ray.train.torch  # noqa: F401 # for its memory, which a worker has too
 
     torch.set_num_threads(request.threads)
     config = request.config
@@ -139,8 +139,8 @@ def probe(request: Request) -> Answer:
 
 
 def forward_flops(config: "RunConfig", spec: ImageSpec) -> int:
-    """FLOP of one image through the network, forward."""
-    network = new_network(config.model, spec, seed=0).to("meta")  # not a CPU's way of pooling
+    """FLOP of the forward pass of one image."""
+    network = new_network(config.model, spec, seed=0).to("meta")  # avoids the CPU pooling path
     shape = (1, spec.channels, spec.image_size, spec.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(shape, device="meta"))
@@ -149,7 +149,7 @@ def forward_flops(config: "RunConfig", spec: ImageSpec) -> int:
 
 
 def image_spec(config: "RunConfig", classes: int) -> ImageSpec:
-    """What the images of a run would look like, but for their colours."""
+    """ImageSpec of a run's images, with placeholder mean, std and class names."""
     channels = config.shard.channels
     return ImageSpec(
         channels=channels,
@@ -169,7 +169,7 @@ def _time_steps(
     *,
     steps: int,
 ) -> float:
-    """Seconds of a step, the median of `steps` after one that is not counted."""
+    """Seconds per step: the median of `steps` after one warm-up step."""
     shape = (spec.channels, spec.image_size, spec.image_size)
     images = {c: torch.rand(part.ipc, *shape) for c in range(len(part.real))}
     real = {c: torch.randint(256, (n, *shape)).byte() for c, n in enumerate(part.real)}
@@ -194,7 +194,7 @@ def _time_steps(
 
 
 def _time_training(config: "RunConfig", spec: ImageSpec, device: torch.device) -> float:
-    """Seconds to train on one image, augmentation included."""
+    """Training seconds per image, including augmentation."""
     training = dataclasses.replace(config.pretrain.training, epochs=1)
     count = TRAINED_BATCHES * training.batch_size
     shape = (count, spec.channels, spec.image_size, spec.image_size)

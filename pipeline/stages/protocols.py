@@ -1,8 +1,8 @@
 """Evaluation protocols by name: every choice that an accuracy depends on, in one place.
 
-`evaluate.protocol` sets all fields of `EvaluateConfig` but `networks`, and those of `curate`. A
-protocol that a preset names gives way to the other values of the preset; one that is named on the
-command line overrides the preset and gives way to the other options of the command line.
+`evaluate.protocol` sets all fields of `EvaluateConfig` except `networks`, and those of `curate`. A
+preset's other values override the protocol it names; a protocol on the command line overrides the
+preset, and other command-line options override the protocol.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ EvaluatedSet = Literal["distilled", "random", "random_same_factor", "herding", "
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """How sets of images are judged."""
+    """Evaluation of image sets by networks trained on them."""
 
     protocol: str = "default"
-    """default: hard labels, last epoch. paper: the same, and best-on-test in a column of its own.
-    soft: stored soft labels, too. quick: few epochs, to tell good configurations from bad ones.
-    cosine: default with a cosine learning rate and averaged weights; name it beside an accuracy."""
+    """default: hard labels, last epoch. paper: also best on test, in a column of its own. soft:
+    also stored soft labels. quick: few epochs, for comparing configurations. cosine: default with
+    a cosine learning rate and averaged weights; state it with every accuracy."""
     networks: tuple[str, ...] = ()
-    """Networks to train, as model.name takes them; none: that of model alone."""
+    """Networks to evaluate, named as for model.name; empty: the run's own model."""
     repeats: int = 10
     """Fresh networks per set (paper: 10; 3 for the ImageNet subsets)."""
     sets: tuple[EvaluatedSet, ...] = get_args(EvaluatedSet)
-    """What networks are trained on: the distilled set; `random` real images, as many as it stores
-    (random_same_factor: as many as it decodes to, shrunk); `herding`: real images that the pool's
-    features choose; the `whole` training set, which takes longest. With stored soft labels
-    (`curate.soft_labels`) the distilled and the random set also count with these."""
-    legacy_every: int = 0
-    """Also test after every so many epochs and report the best, which is chosen on the test images,
-    as legacy (released code: 100). 0: look at the test images once."""
+    """Training sets: the distilled set; `random` real images, as many as it stores
+    (random_same_factor: as many as it decodes to, shrunk); `herding`: real images chosen by herding
+    on the pool's features; the `whole` training set, which takes longest. With
+    `curate.soft_labels`, the distilled and random sets are also evaluated with soft labels."""
+    best_on_test_every: int = 0
+    """Also test every this many epochs and report the best accuracy, which is selected on the test
+    images, as best on test (released code: 100). 0: test once, after the last epoch."""
     training: TrainConfig = field(default_factory=lambda: released_training(2000))
     """Training on a small set; the defaults are the released code's."""
     whole_epochs: int = 60
@@ -48,13 +48,15 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.sets or len(set(self.sets)) < len(self.sets):
             raise ValueError(f"sets must name one or more, each once, got {list(self.sets)}")
-        if self.legacy_every < 0:
-            raise ValueError(f"legacy_every must not be negative, got {self.legacy_every}")
+        if self.best_on_test_every < 0:
+            raise ValueError(
+                f"best_on_test_every must not be negative, got {self.best_on_test_every}"
+            )
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a protocol fixes."""
+    """Options that a protocol sets."""
 
     evaluate: EvaluateConfig
     curate: CurateConfig = field(default_factory=CurateConfig)
@@ -62,7 +64,7 @@ class Protocol:
 
 PROTOCOLS: dict[str, Protocol] = {
     "default": Protocol(EvaluateConfig()),
-    "paper": Protocol(EvaluateConfig(protocol="paper", legacy_every=100)),
+    "paper": Protocol(EvaluateConfig(protocol="paper", best_on_test_every=100)),
     "soft": Protocol(EvaluateConfig(protocol="soft"), CurateConfig(soft_labels=True)),
     "quick": Protocol(
         EvaluateConfig(
@@ -83,18 +85,18 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def protocol_settings(name: str) -> dict[str, Any]:
-    """What a protocol sets: dotted option -> value. Raises ValueError if there is no such."""
+    """Options of a protocol: dotted name -> value. Raises ValueError if it does not exist."""
     protocol: Protocol = lookup("evaluate.protocol", name, PROTOCOLS)
-    found = _options(protocol.evaluate, protocol.curate)
-    del found["evaluate.networks"]
-    return {**found, "evaluate.protocol": name}
+    options = _options(protocol.evaluate, protocol.curate)
+    del options["evaluate.networks"]
+    return {**options, "evaluate.protocol": name}
 
 
 def protocol_changes(evaluate: EvaluateConfig, curate: CurateConfig) -> list[str]:
-    """The options whose values are not those of the protocol that the configuration names."""
-    mine = _options(evaluate, curate)
-    wanted = protocol_settings(evaluate.protocol)
-    return [name for name, value in wanted.items() if mine[name] != value]
+    """The options whose values differ from the configuration's protocol."""
+    options = _options(evaluate, curate)
+    settings = protocol_settings(evaluate.protocol)
+    return [name for name, value in settings.items() if options[name] != value]
 
 
 def _options(evaluate: EvaluateConfig, curate: CurateConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Stage search-proxy: whether the distilled set ranks architectures as the whole set does.
+"""Stage search-proxy: rank correlation of architectures between a small set and the whole set.
 
-A grid of ConvNets is trained on each set (Zhao et al., DC, 2021); Spearman's rank correlation says
-how far one could have searched on the small set.
+A grid of ConvNets is trained on each set (Zhao et al., DC, 2021). Spearman's rank correlation
+measures how well the small set serves as a proxy in architecture search.
 """
 
 import json
@@ -21,7 +21,7 @@ from pipeline.stages.network_stage import NetworkStage, check_model, evaluation_
 from pipeline.stages.networks import EvaluationTask, SetName
 
 SEARCH_PROXY_VERSION = 1
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class SearchProxyConfig:
     depths: tuple[int, ...] = (1, 2, 3)
     norms: tuple[Norm, ...] = ("none", "instance", "batch")
     repeats: int = 1
-    """Fresh networks per architecture and set; ranks are of their mean."""
+    """Fresh networks per architecture and set; architectures are ranked by the mean."""
 
     def __post_init__(self) -> None:
         for name in ("widths", "depths", "norms"):
@@ -42,20 +42,20 @@ class SearchProxyConfig:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
     def grid(self) -> list[ModelConfig]:
-        """All combinations. Raises ValueError if there are fewer than three: nothing to rank."""
-        found = [
+        """All combinations. Raises ValueError if there are fewer than three to rank."""
+        models = [
             ModelConfig(depth=depth, width=width, norm=norm)
             for depth in self.depths
             for width in self.widths
             for norm in self.norms
         ]
-        if len(found) < 3:
-            raise ValueError(f"search_proxy needs at least 3 architectures, got {len(found)}")
-        return found
+        if len(models) < 3:
+            raise ValueError(f"search_proxy needs at least 3 architectures, got {len(models)}")
+        return models
 
 
 class SearchProxy(NetworkStage):
-    """Whether each set ranks architectures as the whole set does, into search-proxy.json."""
+    """Rank correlation of each set with the whole set, written to search-proxy.json."""
 
     name = "search-proxy"
     sets: tuple[SetName, ...] = ("distilled", "random", "random_same_factor", "whole")
@@ -88,12 +88,12 @@ class SearchProxy(NetworkStage):
         """See Stage."""
         results, repeats = self.results(), self.config.search_proxy.repeats
         values = iter(result["accuracy"] for result in results)
-        found: dict[str, list[list[float]]] = {
+        accuracies: dict[str, list[list[float]]] = {
             name: [[next(values) for _ in range(repeats)] for _ in self._models]
             for name in self.sets
         }
         return {
-            **proxy_content(self._models, found),
+            **proxy_content(self._models, accuracies),
             "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
         }
 
@@ -105,7 +105,7 @@ class SearchProxy(NetworkStage):
 
 
 def describe(model: ModelConfig) -> str:
-    """A ConvNet in words."""
+    """Short description of a ConvNet."""
     return f"depth {model.depth}, width {model.width}, {model.norm} norm"
 
 
@@ -115,10 +115,10 @@ def proxy_content(
     """{"networks": [...], "sets": {set: {"accuracy": [[..repeats..] ..networks..], "mean",
     "correlation", "p_value", "best_found"}}} from the accuracies in [0, 1] of each network.
 
-    Correlation and p-value are with the set "whole"; best_found is the whole-set accuracy of the
-    network that the set would have chosen. A set on which all networks do equally well has none.
+    Correlation and p-value are with the set "whole" (None if all accuracies on a set are equal);
+    best_found is the whole-set accuracy of the network that is best on the set.
     """
-    means = {n: [statistics.fmean(runs) for runs in found] for n, found in accuracies.items()}
+    means = {n: [statistics.fmean(runs) for runs in each] for n, each in accuracies.items()}
     sets: dict[str, Any] = {}
     for name, values in means.items():
         entry: dict[str, Any] = {"accuracy": [list(r) for r in accuracies[name]], "mean": values}
@@ -135,25 +135,25 @@ def proxy_content(
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None]:
-    """Spearman's rho in [-1, 1] and its two-sided p-value; None where one side is constant."""
+    """Spearman's rho and its two-sided p-value; None if either input is constant."""
     from scipy.stats import spearmanr
 
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None, None
-    found = spearmanr(x, y)
-    p_value = float(found.pvalue)
-    return float(found.statistic), None if math.isnan(p_value) else p_value
+    result = spearmanr(x, y)
+    p_value = float(result.pvalue)
+    return float(result.statistic), None if math.isnan(p_value) else p_value
 
 
 def proxy_table(content: Mapping[str, Any]) -> str:
     """Rank correlations as text."""
     whole = content["sets"]["whole"]["mean"]
     lines = [f"{len(content['networks'])} networks, best on the whole set {100 * max(whole):.1f} %"]
-    for name, found in content["sets"].items():
+    for name, entry in content["sets"].items():
         if name != "whole":
-            rho = found["correlation"]
+            rho = entry["correlation"]
             lines.append(
                 f"{name:20s}  rank correlation {'none' if rho is None else f'{rho:+.2f}'}  "
-                f"its choice reaches {100 * found['best_found']:.1f} %"
+                f"its best network reaches {100 * entry['best_found']:.1f} %"
             )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Stage shard: a source's images, resized, as per-class WebDataset shards and their manifest.
+"""Stage shard: write a source's images, resized, as per-class WebDataset shards with a manifest.
 
-The driver divides every class into shards before anything is read, and Ray Data writes the shards
-in parallel, each from its own list of samples. So names and bytes depend on the source and the
-configuration alone, and a shard that is there need not be written again.
+The driver assigns samples to shards before anything is read; Ray Data then writes the shards in
+parallel. Names and bytes depend only on the source and the configuration, so existing shards are
+kept.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from pipeline.runtime.workers import connect, joins
 logger = logging.getLogger(__name__)
 
 SHARD_VERSION = 4
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""
 
 
 class Shard(Stage):
@@ -42,7 +42,7 @@ class Shard(Stage):
 
     @cached_property
     def directory(self) -> UPath:
-        """Follows from the source's content and the shard options."""
+        """Named by the source's content and the shard options."""
         return self.config.cache("shard", shard_identity(self.run.source, self.config.shard))
 
     def check(self) -> None:
@@ -73,30 +73,30 @@ class Shard(Stage):
 
     @cached_property
     def manifest(self) -> Manifest:
-        """See Stage; with the classes as they are called by now."""
+        """See Stage; with the source's current class names."""
         return {**self.run.resolve(self), "class_names": list(self.run.source.class_names)}
 
     @property
     def store(self) -> Store:
-        """The images of the shards on whatever node asks for them."""
+        """The decoded images of the shards, on any node."""
         return Store(self.directory, self.manifest, self.config.runtime.local_directory)
 
 
-MOST_IMAGES, FEWEST_IMAGES = 4000, 200  # in a Ray task: ten seconds, and half of one
+MOST_IMAGES, FEWEST_IMAGES = 4000, 200  # per Ray task: about 10 s and 0.5 s
 
 
 def shard_identity(source: Source, config: ShardConfig) -> str:
-    """Fingerprint of all that the shards depend on; what may be bad is no part of it."""
+    """Fingerprint of everything the shards depend on; max_bad is not part of it."""
     return fingerprint(
         "shard", SHARD_VERSION, source.fingerprint(), dataclasses.replace(config, max_bad=0.0)
     )
 
 
 def plan(source: Source, samples_per_shard: int) -> list[ShardTask]:
-    """All shards of a source.
+    """Assign a source's samples to shards.
 
-    Within a class, samples come in the order of their keys' hashes: each shard, and any run of
-    neighbours in it, is a random sample of the class. Raises SourceError on a duplicate key.
+    Within a class, samples are ordered by the hash of their keys: every shard, and every contiguous
+    part of one, is a random sample of the class. Raises SourceError on a duplicate key.
     """
     tasks = []
     for split in SPLITS:
@@ -115,35 +115,35 @@ def plan(source: Source, samples_per_shard: int) -> list[ShardTask]:
 
 
 def bundles(tasks: Sequence[ShardTask], cpus: int) -> list[list[ShardTask]]:
-    """Neighbouring shards that one Ray task writes: between two of them a CPU idles for 0.15 s.
+    """Group consecutive shards into Ray tasks: a CPU idles for 0.15 s between two tasks.
 
-    Each takes half of a CPU's part of the images that are left, for all CPUs to end together; at
-    most MOST_IMAGES, for more CPUs may come meanwhile, and at least FEWEST_IMAGES.
+    A task takes half of a CPU's share of the remaining images, so that all CPUs finish together: at
+    most MOST_IMAGES, since CPUs may join meanwhile, and at least FEWEST_IMAGES.
     """
     left = sum(len(task.samples) for task in tasks)
-    found, bundle, size = list[list[ShardTask]](), list[ShardTask](), 0
+    groups, bundle, size = list[list[ShardTask]](), list[ShardTask](), 0
     for task in tasks:
         bundle.append(task)
         size += len(task.samples)
         if size >= min(MOST_IMAGES, max(FEWEST_IMAGES, left // (2 * cpus))):
-            found.append(bundle)
+            groups.append(bundle)
             bundle, left, size = [], left - size, 0
-    return [*found, bundle] if bundle else found
+    return [*groups, bundle] if bundle else groups
 
 
 def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
     """Write the shards of a source with Ray Data; returns the manifest, which the caller writes.
 
-    Ray is initialised by the caller. Shards that an interrupted call left are kept. Images that
-    cannot be read are listed in the manifest's `quarantine`. Raises SourceError if there are more
-    of them than `max_bad` allows, as soon as there are, or if a class has no readable train image;
-    and StorageError if a disk or an object store fails, after which the same call goes on.
+    The caller initialises Ray. Shards of an interrupted call are kept. Unreadable images are listed
+    in the manifest's `quarantine`. Raises SourceError as soon as they exceed `max_bad`, or if a
+    class has no readable train image; StorageError if a disk or an object store fails, after which
+    the same call resumes.
     """
     import ray.data
 
     tasks = plan(source, config.samples_per_shard)
     identity = shard_identity(source, config)
-    directory = directory.absolute()  # the tasks run elsewhere
+    directory = directory.absolute()  # tasks have other working directories
     for split in SPLITS:
         (directory / split).mkdir(parents=True, exist_ok=True)
     quieten_ray_data()
@@ -175,7 +175,7 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
             images = record["count"] + len(record["quarantine"])
             done += images
             if record["reused"]:
-                progress.first += images  # the rate is that of the work
+                progress.first += images  # not counted in the rate
             else:
                 size += record["bytes"]
         progress.update(done, **{"MiB/s": size / 2**20 / progress.elapsed})
@@ -194,7 +194,7 @@ def _stop_if_too_many(bad: Sequence[dict[str, str]], total: int, max_bad: float)
 
 
 def quieten_ray_data() -> None:
-    """Leave the progress to us. Ray Data's log file still has everything, the console warnings."""
+    """Turn off Ray Data's progress output. Its log file is complete; warnings reach the console."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -208,7 +208,7 @@ def quieten_ray_data() -> None:
 def build_manifest(
     source: Source, config: ShardConfig, results: list[tuple[ShardTask, Record]]
 ) -> Manifest:
-    """The manifest of written shards. Raises SourceError if a class has no readable train image."""
+    """Manifest of the written shards. Raises SourceError if a class has no readable train image."""
     splits: dict[str, dict[str, Any]] = {
         split: {"counts": [0] * len(source.class_names), "shards": []} for split in SPLITS
     }
@@ -244,8 +244,8 @@ def build_manifest(
     _tell_imbalance(source.class_names, splits["train"]["counts"])
     by_class = []
     for label in range(len(source.class_names)):
-        mine = [record for task, record in train if task.class_index == label]
-        by_class.append(dict(zip(("mean", "std"), _statistics(mine, config), strict=True)))
+        records = [record for task, record in train if task.class_index == label]
+        by_class.append(dict(zip(("mean", "std"), _statistics(records, config), strict=True)))
     return {
         "class_names": list(source.class_names),
         "channels": config.channels,
@@ -274,13 +274,13 @@ def _tell_imbalance(names: Sequence[str], counts: Sequence[int]) -> None:
 
 
 def _statistics(records: list[Record], config: ShardConfig) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, in [0, 1], from exact sums."""
+    """Per-channel mean and standard deviation of all pixels in [0, 1], from exact sums."""
     pixels = sum(record["count"] for record in records) * config.image_size**2
     mean, std = [], []
     for channel in range(config.channels):
         total = sum(record["sum"][channel] for record in records)
         squares = sum(record["sum_squares"][channel] for record in records)
         mean.append(total / pixels / 255)
-        variance = (squares * pixels - total**2) / pixels**2  # integers above: no cancellation
-        std.append(variance**0.5 / 255 or 1.0)  # a constant channel is left as it is
+        variance = (squares * pixels - total**2) / pixels**2  # exact integers: no cancellation
+        std.append(variance**0.5 / 255 or 1.0)  # a constant channel is not scaled
     return mean, std

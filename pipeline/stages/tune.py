@@ -1,4 +1,4 @@
-"""Stage tune: search over options; the best configurations are presets in <run>/tune/."""
+"""Stage tune: hyperparameter search; writes the best configurations as presets to <run>/tune/."""
 
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from pipeline.stages.tuning.trial import SweepJob, input_key
 
 
 class Tune(Stage):
-    """The trials of a search, judged on images held out of train."""
+    """Hyperparameter search, evaluated on images held out of train."""
 
     name = "tune"
 
@@ -32,7 +32,7 @@ class Tune(Stage):
 
     @cached_property
     def _inputs(self) -> dict[str, DistillJob]:
-        """A job on the shards and networks of every trial; they are made first."""
+        """A job for each distinct set of shards and networks, which are built before the trials."""
         cfg = self.config
         held_out = cfg.source.selection_fraction or cfg.tune.selection_fraction
         inputs = {}
@@ -51,7 +51,7 @@ class Tune(Stage):
     def build(self) -> Manifest:
         """See Stage."""
         set_ray_environment()
-        from pipeline.stages.tuning.ray_tune import trial_resources, tune  # Ray Tune takes its time
+        from pipeline.stages.tuning.ray_tune import trial_resources, tune  # slow to import
 
         cfg = self.config
         sweep = SweepJob(

@@ -54,7 +54,8 @@ def rows_of(run: Path, data: str, preset: str, machine: str) -> list[dict[str, A
     """A row for each evaluated set and network of a run. Raises FileNotFoundError if the run is not
     finished.
     """
-    config = tomllib.loads((run / "config.toml").read_text())
+    text = (run / "config.toml").read_text()
+    config = tomllib.loads(text.replace("legacy_every", "best_on_test_every"))  # its former name
     evaluation = json.loads((run / "evaluation.json").read_text())
     stages = json.loads((run / "stages.json").read_text())
     provenance = json.loads((run / "distilled" / "manifest.json").read_text())["provenance"]
@@ -92,8 +93,8 @@ def rows_of(run: Path, data: str, preset: str, machine: str) -> list[dict[str, A
             "commit": provenance.get("versions", {}).get("git", "unknown"),
             "date": datetime.now(UTC).date().isoformat(),
         }
-        if "legacy" in row:
-            found["best_on_test"] = [round(value, 5) for value in row["legacy"]]
+        if best := row.get("best_on_test", row.get("legacy")):  # the key's former name
+            found["best_on_test"] = [round(value, 5) for value in best]
         rows.append(found)
     return rows
 

@@ -96,6 +96,14 @@ def test_an_old_preset_is_told_what_replaced_its_options(tmp_path: Path) -> None
         assert "\n" not in str(caught.value)
 
 
+def test_a_renamed_option_is_named(tmp_path: Path) -> None:
+    preset = tmp_path / "old.toml"
+    preset.write_text("[evaluate]\nlegacy_every = 100\n")
+    for arguments in (["--config", str(preset)], ["--evaluate.legacy_every", "100"]):
+        with pytest.raises(UsageError, match=r"now evaluate\.best_on_test_every"):
+            parse_command(arguments)
+
+
 @pytest.mark.parametrize(
     "arguments", [["--ipc", "0"], ["--source.kind", "folder", "--source.path", "/does/not/exist"]]
 )

@@ -33,7 +33,7 @@ def test_a_protocol_on_the_command_line_is_whole(name: str) -> None:
 def test_options_beside_a_protocol_override_it(tmp_path: Path) -> None:
     config = config_of("--evaluate.training.epochs", "7", "--evaluate.protocol=paper")
     assert config.evaluate.training.epochs == 7
-    assert config.evaluate.legacy_every == 100
+    assert config.evaluate.best_on_test_every == 100
     assert protocol_changes(config.evaluate, config.curate) == ["evaluate.training.epochs"]
     preset = tmp_path / "some.toml"
     preset.write_text('[evaluate]\nprotocol = "quick"\nrepeats = 4\n')
@@ -71,13 +71,13 @@ def test_one_command_judges_many_networks(tiny: tuple[Path, Path]) -> None:
     sets = ["distilled", "random", "whole"]
     options = ["--evaluate.networks", networks, "--evaluate.repeats", "1"]
     options += ["--evaluate.sets", json.dumps(sets)]
-    made = stage(folder, directory, "evaluate", *options, "--evaluate.legacy_every", "1")
+    made = stage(folder, directory, "evaluate", *options, "--evaluate.best_on_test_every", "1")
     found = json.loads((directory / "evaluation.json").read_text())
     assert [(row["network"], row["set"]) for row in found["rows"]] == [
         (network, name) for network in json.loads(networks) for name in sets
     ]
     for row in found["rows"]:
-        assert row["legacy_mean"] >= row["mean"]
+        assert row["best_on_test_mean"] >= row["mean"]
         assert row["ci95"] is None
         assert len(row["per_class"]) == len(row["confusion"]) == 10
         right = sum(row["confusion"][c][c] for c in range(10))
@@ -107,7 +107,7 @@ def test_a_protocol_gives_the_same_on_one_and_four_workers(
 ) -> None:
     folder, directory = tiny[0], tiny[1]
     options = ["--config", str(folder / "tiny.toml"), "--storage_path", str(folder / "runs")]
-    short = ["--evaluate.training.epochs", "2", "--evaluate.legacy_every"]
+    short = ["--evaluate.training.epochs", "2", "--evaluate.best_on_test_every"]
     short += ["1" if protocol == "paper" else "0", "--name", directory.name]
     run = Run(parse_command(["evaluate", *options, "--evaluate.protocol", protocol, *short]))
     sets = ["distilled", "random"]

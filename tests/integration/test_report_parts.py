@@ -77,7 +77,8 @@ def used(directory: UPath) -> None:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> UPath:
     directory = write_run(tmp_path_factory.mktemp("runs") / "full")
-    evaluated(directory, legacy=[0.7, 0.7, 0.7], legacy_mean=0.7, legacy_std=0.0)
+    best = [0.7, 0.7, 0.7]
+    evaluated(directory, best_on_test=best, best_on_test_mean=0.7, best_on_test_std=0.0)
     audited(directory)
     stepped(directory)
     used(directory)
@@ -89,7 +90,7 @@ def page(full: UPath) -> Page:
     return report(full)
 
 
-def test_accuracies_have_intervals_and_legacy_beside_the_last_epoch(page: Page) -> None:
+def test_accuracies_have_intervals_and_best_on_test_beside_the_last_epoch(page: Page) -> None:
     assert "Distilled 63.0 ± 3.6 58.0 to 68.0 70.0 ± 0.0 +21.0 2 convnet 3 30" in page.text
     assert "chosen on the test images themselves" in page.text
     assert "Protocol: paper, but for repeats." in page.text
@@ -142,8 +143,9 @@ def test_uses_are_drawn_and_names_stay_text(page: Page) -> None:
 
 def test_a_run_without_the_parts_has_a_report(tmp_path: Path) -> None:
     text = report(write_run(tmp_path / "plain")).text
-    for words in ("Fidelity", "Uses", "Confusion", "Legacy", "interval", "Protocol", "first step"):
-        assert words not in text
+    parts = ("Fidelity", "Uses", "Confusion", "Best on test", "interval", "Protocol", "first step")
+    for part in parts:
+        assert part not in text
 
 
 def test_snapshots_read_back(tmp_path: Path) -> None:

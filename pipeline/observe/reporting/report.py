@@ -134,7 +134,7 @@ def _of_set(
         "audit": audit,
         "uses": uses,
         "has_interval": any(row.interval for row in evaluation),
-        "has_legacy": any(row.legacy is not None for row in evaluation),
+        "has_best_on_test": any(row.best_on_test is not None for row in evaluation),
         "protocol": _protocol(judged),
         "measures": [{**row, "label": SET_NAMES.get(row["set"], row["set"])} for row in measured],
         "set": distilled,

@@ -33,8 +33,8 @@ class EvaluationRow:
     std: float | None  # None: one run has no spread
     gain: float | None  # points over random images, same network and number of images
     interval: tuple[float, float] | None = None  # 95 % confidence interval of the mean
-    legacy: float | None = None  # best-on-test
-    legacy_std: float = 0.0
+    best_on_test: float | None = None
+    best_on_test_std: float = 0.0
 
 
 def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
@@ -68,8 +68,8 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
                 std=100 * row["std"] if len(row["accuracy"]) > 1 else None,
                 gain=None if own or base is None else 100 * (row["mean"] - base),
                 interval=_interval(row["mean"], row.get("ci95")),
-                legacy=100 * row["legacy_mean"] if "legacy_mean" in row else None,
-                legacy_std=100 * row.get("legacy_std", 0.0),
+                best_on_test=100 * row["best_on_test_mean"] if "best_on_test_mean" in row else None,
+                best_on_test_std=100 * row.get("best_on_test_std", 0.0),
             )
         )
     return result

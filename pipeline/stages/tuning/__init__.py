@@ -1,4 +1,4 @@
-"""The search: trials of the whole pipeline under Ray Tune."""
+"""Hyperparameter search: trials of the pipeline under Ray Tune."""
 
 TUNE_VERSION = 2
-"""To be raised when this stage's results change; see tests/integration/test_golden.py."""
+"""Raise when this stage's results change; see tests/integration/test_golden.py."""

@@ -1,4 +1,4 @@
-"""The trials of a search, what they have reached, and what becomes of them."""
+"""State of a search: its trials, their results and statuses."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from pipeline.stages.tuning.trial import Result, SweepJob, TrialJob
 
 
 class Board:
-    """All trials, what they have reached, and what becomes of them."""
+    """All trials of a search, with their results and statuses."""
 
     def __init__(self, sweep: SweepJob, sampler: Sampler) -> None:
         self.sweep, self.config, self.sampler = sweep, sweep.config.tune, sampler
@@ -29,21 +29,21 @@ class Board:
         self.results[number] = job.results()
 
     def suggest(self, number: int) -> Values:
-        """The values of a trial, drawn now if they were not before."""
+        """The values of a trial, drawn on first use."""
         if number not in self.trials:
             self._add(number, self.sampler.values(number, self._outcomes()))
         return self.values[number]
 
     def _outcomes(self) -> list[Outcome]:
-        found = []
+        outcomes = []
         for number, verdict in self.verdicts().items():
             accuracy = self.accuracy(number, verdict)
             ended, size = verdict.status != "running", self.trials[number].stored_bytes
-            found.append(Outcome(self.values[number], accuracy, size, ended))
-        return found
+            outcomes.append(Outcome(self.values[number], accuracy, size, ended))
+        return outcomes
 
     def verdicts(self) -> dict[int, Verdict]:
-        """What becomes of every trial so far."""
+        """The current status of every trial."""
         return verdicts(
             {n: [r["accuracy"] for r in results] for n, results in self.results.items()},
             {n: job.stored_bytes for n, job in self.trials.items()},
@@ -53,24 +53,24 @@ class Board:
         )
 
     def accuracy(self, number: int, verdict: Verdict) -> float | None:
-        """At the last rung that counts."""
+        """Accuracy at the trial's last decided rung."""
         results = self.results[number][: verdict.rungs]
         return float(results[-1]["accuracy"]) if results else None
 
     def unended(self) -> list[int]:
-        """Trials that have to run: those that nothing is decided on, and those not begun."""
+        """Trials still to run: undecided or not started."""
         ended = {n for n, verdict in self.verdicts().items() if verdict.status != "running"}
         return [number for number in range(self.config.num_trials) if number not in ended]
 
     def record(self, number: int, result: Result) -> bool:
-        """Note a rung's result; False if it is known."""
-        known = any(found["step"] == result["step"] for found in self.results[number])
+        """Record a rung's result; False if it was recorded before."""
+        known = any(earlier["step"] == result["step"] for earlier in self.results[number])
         if not known:
             self.results[number].append(result)
         return not known
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a trial: its status, its accuracy at the last rung that counts, its values."""
+        """One row per trial: status, accuracy at the last decided rung, values."""
         return [self.row(number, verdict) for number, verdict in self.verdicts().items()]
 
     def row(self, number: int, verdict: Verdict) -> dict[str, Any]:
@@ -91,13 +91,13 @@ class Board:
 
 
 class Table:
-    """A table that grows by a line for every result, and reads the same in a job's log."""
+    """Prints one line per result, without terminal escapes."""
 
     def __init__(self, board: Board) -> None:
         self._board, self._began = board, time.monotonic()
         self._ended = {n for n, v in board.verdicts().items() if v.status != "running"}
         if self._ended:
-            print(f"[tune] {len(self._ended)} trials are done", flush=True)  # noqa: T201
+            print(f"[tune] {len(self._ended)} trials have ended", flush=True)  # noqa: T201
         self._line("seconds", "trial", "step", "select %", "ended", "of", "values")
 
     def _line(self, *cells: object) -> None:
@@ -106,7 +106,7 @@ class Table:
         print(f"[tune] {text}  {cells[-1]}", flush=True)  # noqa: T201
 
     def tell(self, number: int) -> None:
-        """Tell the newest result of a trial."""
+        """Print the latest result of a trial."""
         result = self._board.results[number][-1]
         self._line(
             f"{time.monotonic() - self._began:.0f}",
@@ -118,13 +118,13 @@ class Table:
             values_text(self._board.values[number]),
         )
 
-    def tell_ended(self, found: Mapping[int, Verdict]) -> None:
-        """Tell which trials have ended since the last time."""
-        for number, verdict in found.items():
+    def tell_ended(self, verdicts: Mapping[int, Verdict]) -> None:
+        """Print the trials that have ended since the last call."""
+        for number, verdict in verdicts.items():
             if verdict.status != "running" and number not in self._ended:
                 self._ended.add(number)
                 step = self._board.row(number, verdict)["step"]
-                why = self._board.failed.get(number, "")
+                error = self._board.failed.get(number, "")
                 elapsed = f"{time.monotonic() - self._began:.0f}"
                 counts = (len(self._ended), self._board.config.num_trials)
-                self._line(elapsed, number, step, "", *counts, f"{verdict.status} {why}".rstrip())
+                self._line(elapsed, number, step, "", *counts, f"{verdict.status} {error}".rstrip())

@@ -1,15 +1,14 @@
-"""Which trials of a search go on: asynchronous successive halving (ASHA; Li et al., 2020).
+"""Deterministic asynchronous successive halving (ASHA; Li et al., 2020).
 
-At a rung a trial is stopped if it lies below the best 1/eta of those that have come there before.
-Here "before" is the order of the trials' numbers, not that of the clock: so what becomes of a trial
-follows from the trials' results alone, on any number of workers, and after any interruption. A
-trial whose verdict has to wait for an earlier one runs on meanwhile; if it is then stopped, what it
-did beyond the rung does not count. Trials are compared with those of the same group alone: sets of
-different size are no rivals.
+A trial is stopped at a rung if it is not among the best 1/eta of the trials that reached the rung
+before it. "Before" is by trial number, not by time, so verdicts follow from the results alone: they
+are the same for any number of workers and after any interruption. A trial whose verdict waits for
+an earlier trial keeps running; if it is then stopped, its results beyond the rung do not count.
+Trials are compared only within their group (sets of the same size).
 
-Ray Tune's own ASHAScheduler decides in the order in which results arrive, and keeps what it has
-seen in memory: on another number of workers, or after a restart, it stops other trials (a test
-shows it). So Ray Tune places and runs the trials here, and asks this module which of them go on.
+Ray Tune's own ASHAScheduler decides in the order in which results arrive and keeps its state in
+memory: on another number of workers, or after a restart, it stops different trials (a test shows
+it). Here Ray Tune only places and runs the trials.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,10 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a trial."""
+    """The status of a trial."""
 
     status: Status
-    rungs: int  # decided ones: the results that count are the first so many
+    rungs: int  # decided rungs: only the results of these count
 
 
 def verdicts(
@@ -40,30 +39,31 @@ def verdicts(
     """The verdict on every trial of `groups`.
 
     Args:
-        results: trial -> its accuracies, by rung, as far as it has come.
-        groups: trial -> what must be equal for two trials to be compared.
-        failed: trials that will not go on.
-        rungs: how many there are; at the last nobody is stopped.
+        results: trial -> its accuracies by rung, so far.
+        groups: trial -> key that two trials must share to be compared.
+        failed: trials that will not continue.
+        rungs: number of rungs; no trial is stopped at the last.
         reduction_factor: eta.
     """
-    found: dict[int, Verdict] = {}
+    decided: dict[int, Verdict] = {}
     for trial in sorted(groups):
-        mine = results.get(trial, ())
+        accuracies = results.get(trial, ())
         verdict = Verdict("running", 0)
         for rung in range(rungs):
-            if len(mine) <= rung:
+            if len(accuracies) <= rung:
                 verdict = Verdict("failed" if trial in failed else "running", rung)
                 break
             if rung == rungs - 1:
                 verdict = Verdict("finished", rungs)
                 break
-            earlier = [m for m in found if groups[m] == groups[trial]]
-            if any(found[m].status == "running" and found[m].rungs <= rung for m in earlier):
+            earlier = [m for m in decided if groups[m] == groups[trial]]
+            if any(decided[m].status == "running" and decided[m].rungs <= rung for m in earlier):
                 verdict = Verdict("running", rung)
                 break
-            rivals = [results[m][rung] for m in earlier if found[m].rungs > rung]
-            if rivals and mine[rung] < np.percentile(rivals, 100 * (1 - 1 / reduction_factor)):
+            rivals = [results[m][rung] for m in earlier if decided[m].rungs > rung]
+            threshold = 100 * (1 - 1 / reduction_factor)
+            if rivals and accuracies[rung] < np.percentile(rivals, threshold):
                 verdict = Verdict("stopped", rung + 1)
                 break
-        found[trial] = verdict
-    return found
+        decided[trial] = verdict
+    return decided

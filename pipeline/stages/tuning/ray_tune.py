@@ -1,9 +1,9 @@
-"""The trials of a search under Ray Tune; asynchronous successive halving stops the hopeless.
+"""Run the trials of a search under Ray Tune, with asynchronous successive halving.
 
-Nothing of Ray Tune's own files is read back. What has been done is in the trials' directories;
-what becomes of a trial follows from that alone (see `halving`), and the trials from the seed. So a
-search that was cut off at any moment goes on to the same end. Trials use shards and networks that
-are there before they start, and ask for their resources at once: none waits for another.
+Ray Tune's own files are never read back. Results are in the trials' directories, statuses follow
+from these alone (see `halving`), and trials from the seed: an interrupted search resumes to the
+same end. Shards and networks exist before the trials start, and a trial requests its resources at
+once: no trial waits for another.
 """
 
 import json
@@ -32,21 +32,21 @@ from pipeline.stages.tuning.trial import SweepJob, run_trial
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they log is in the trials' directories
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would return as if all trials had ended
-    "RAY_AIR_NEW_OUTPUT": "0",  # its tables are boxes, and cannot be silenced
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials' directories have these results
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C would return as if all trials had ended
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output draws boxes and cannot be turned off
 }
 
 
 class Numbers(Searcher):  # type: ignore[misc] # Ray's classes have no types
-    """Gives Ray Tune the trials that have to run, in the order of their numbers."""
+    """Ray Tune searcher: suggests the trials still to run, in order."""
 
     def __init__(self, board: Board) -> None:
         super().__init__()
         self._board, self._waiting = board, board.unended()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial. Its values are one text: Ray Tune splits keys at dots."""
+        """The next trial. Its values are one string: Ray Tune splits keys at dots."""
         del trial_id
         if not self._waiting:
             return str(Searcher.FINISHED)
@@ -56,17 +56,17 @@ class Numbers(Searcher):  # type: ignore[misc] # Ray's classes have no types
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """The scheduler has noted it."""
+        """No-op: the scheduler records results."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing is read back from Ray Tune."""
+        """No-op: nothing is read back from Ray Tune."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing is read back from Ray Tune."""
+        """No-op: nothing is read back from Ray Tune."""
 
 
 class Halving(FIFOScheduler):  # type: ignore[misc]
-    """Stops trials as `halving.verdicts` says, and tells of every result in a line."""
+    """Ray Tune scheduler: stops trials by `halving.verdicts`; prints a line per result."""
 
     def __init__(self, board: Board, table: Table) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         self._running: dict[int, Trial] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:  # noqa: ARG002
-        """Remember the trial, to stop it when others say so."""
+        """Keep the trial, so that another trial's result can stop it."""
         self._running[trial.config["number"]] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Stop this trial, or others whose verdict waited for this one."""
+        """Record a result; stop this trial, or others whose verdict waited for this one."""
         del trial
         number = int(result["number"])
         if "failure" in result:
@@ -92,15 +92,15 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         return str(self.STOP if stopped else self.CONTINUE)
 
     def _stop_others(self, tune_controller: Any, number: int) -> None:
-        found = self._board.verdicts()
+        verdicts = self._board.verdicts()
         for other, trial in self._running.items():
             live = trial.status in (Trial.RUNNING, Trial.PENDING)
-            if other != number and live and found[other].status == "stopped":
+            if other != number and live and verdicts[other].status == "stopped":
                 tune_controller.request_stop_trial(trial)
-        self._table.tell_ended(found)
+        self._table.tell_ended(verdicts)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """One attempt failed."""
+        """Log a failed attempt; record the trial as failed when no retry is left."""
         number = trial.config["number"]
         error = error_line(Path(trial.error_file).read_text(encoding="utf-8"))
         logger.warning("trial %d failed: %s", number, error)
@@ -109,15 +109,15 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
             self._stop_others(tune_controller, number)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """It has told all before."""
+        """No-op: results are recorded in on_trial_result."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """It has told all before."""
+        """No-op: results are recorded in on_trial_result."""
 
 
 def error_line(text: str) -> str:
-    """Why a trial failed, in one line, from what Ray Tune writes down: of a traceback the last
-    line that names an exception, else, if the worker died, the first.
+    """One-line reason of a failed trial, from Ray Tune's error file: the last line of the traceback
+    that names an exception, else (the worker died) the first line.
     """
     latest = text.rpartition("Failure # ")[2].splitlines()[1:]
     lines = [" ".join(line.split()) for line in latest if line.strip()]
@@ -127,7 +127,7 @@ def error_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What every trial asks for, and how many fit."""
+    """Resources of one trial, and how many trials run at once."""
 
     cpus: float
     gpus: float
@@ -135,17 +135,17 @@ class TrialResources:
 
     @property
     def device(self) -> str:
-        """Where trials compute, as torch calls it."""
+        """The torch device type of trials."""
         return "cuda" if self.gpus else "cpu"
 
 
 def trial_resources(config: TuneConfig, *, use_gpu: bool) -> TrialResources:
-    """From the cluster as it is now. Raises UsageError if there is no room for one trial."""
-    found = ray.cluster_resources()
+    """Resources per trial on the current cluster. Raises UsageError if not even one trial fits."""
+    available = ray.cluster_resources()
     gpus = config.gpus_per_trial if use_gpu else 0.0
-    room = int(found.get("CPU", 0) / config.cpus_per_trial + 1e-9)
+    room = int(available.get("CPU", 0) / config.cpus_per_trial + 1e-9)
     if gpus:
-        room = min(room, int(found.get("GPU", 0) / gpus + 1e-9))
+        room = min(room, int(available.get("GPU", 0) / gpus + 1e-9))
     if room < 1 and config.max_concurrent is None:
         raise UsageError(
             f"a trial asks for {config.cpus_per_trial:g} CPUs and {gpus:g} GPUs, more than the "
@@ -157,7 +157,7 @@ def trial_resources(config: TuneConfig, *, use_gpu: bool) -> TrialResources:
 def tune(
     sweep: SweepJob, sampler: Sampler, resources: TrialResources, *, storage: UPath
 ) -> Manifest:
-    """Run the trials that have not ended; returns {"trials": rows, "pareto": numbers}.
+    """Run the unfinished trials; returns {"trials": rows, "pareto": numbers}.
 
     Raises StageError if no trial succeeded.
     """
@@ -168,7 +168,7 @@ def tune(
     rows = board.rows()
     if not any(row["accuracy"] is not None and row["status"] != "failed" for row in rows):
         raise StageError(f"no trial succeeded; the first: {rows[0]['error'] or 'not run'}")
-    peaks = [result["peak_rss_bytes"] for found in board.results.values() for result in found]
+    peaks = [r["peak_rss_bytes"] for results in board.results.values() for r in results]
     return {"trials": rows, "pareto": pareto(rows), "peak_rss_bytes": max(peaks)}
 
 

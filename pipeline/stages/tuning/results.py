@@ -1,4 +1,4 @@
-"""What a search leaves behind: its table, the Pareto front, and the best trials as presets."""
+"""Results of a search: table, Pareto front, and the best trials as presets."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pareto(rows: list[dict[str, Any]]) -> list[int]:
-    """Finished trials that no other beats in accuracy without storing more, the smallest first."""
+    """Pareto front of the finished trials in accuracy and stored bytes, smallest first."""
     finished = [row for row in rows if row["status"] == "finished"]
     finished.sort(key=lambda row: (row["stored_bytes"], -row["accuracy"], row["trial"]))
     front: list[dict[str, Any]] = []
@@ -31,7 +31,7 @@ def pareto(rows: list[dict[str, Any]]) -> list[int]:
 def write_results(
     directory: UPath, manifest: Manifest, config: TuneConfig, command: "Command"
 ) -> None:
-    """results.json and .csv, and as presets best.toml and one a trial of the Pareto front."""
+    """Write results.json, results.csv, and presets: best.toml and one per Pareto-front trial."""
     rows, front = manifest["trials"], manifest["pareto"]
     best = (
         front[-1]
@@ -57,7 +57,7 @@ def write_results(
 
 
 def preset(row: Mapping[str, Any], command: "Command") -> str:
-    """The configuration of a trial as a preset for the whole pipeline, with a name of its own."""
+    """The configuration of a trial as a preset for the whole pipeline, under a new run name."""
     name = f"{command.config.run_directory.name}-trial-{row['trial']:03d}"
     changed = command.changed({**row["values"], "name": name, "tune": {}})
     about = (
@@ -69,7 +69,7 @@ def preset(row: Mapping[str, Any], command: "Command") -> str:
 
 
 def summary(manifest: Manifest) -> str:
-    """How the trials ended, and the Pareto front, as text."""
+    """Trial counts by status, errors, and the Pareto front, as text."""
     rows = manifest["trials"]
     counts = {s: sum(r["status"] == s for r in rows) for s in ("finished", "stopped", "failed")}
     lines = [f"[tune] {', '.join(f'{count} {status}' for status, count in counts.items())}"]

@@ -1,4 +1,4 @@
-"""What a search tries: its check before anything starts, and the sampler of its trials."""
+"""Samplers of a search's trials, and validation of its space."""
 
 import dataclasses
 import json
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 def check_search(command: "Command") -> None:
-    """Raise UsageError if the space is not one: an unknown option, one that no trial can change, a
-    value of the wrong type, values that make no configuration.
+    """Raise UsageError if the space is invalid: an unknown option, one that cannot be searched, a
+    value of the wrong type, values that do not form a configuration.
     """
     config = command.config
     space = config.tune.space
@@ -44,7 +44,7 @@ def check_search(command: "Command") -> None:
             'tune needs a space in its preset, such as [tune.space."distill.lr"] '
             "loguniform = [1e-3, 1e-1]"
         )
-    for key, found in space.items():
+    for key, choices in space.items():
         try:
             option_type(type(config), key)
         except KeyError as error:
@@ -54,15 +54,15 @@ def check_search(command: "Command") -> None:
             raise UsageError(
                 f"tune.space {key!r}: searched can be {', '.join(SEARCHED)}, but {RUNG_OPTION}"
             )
-        if config.tune.sampler == "optuna" and group in INPUTS and found.choice is None:
+        if config.tune.sampler == "optuna" and group in INPUTS and choices.choice is None:
             raise UsageError(
                 f"tune.space {key!r}: with tune.sampler optuna, what changes shards or networks "
                 "needs a choice: they are made before the trials"
             )
-        # What must fit other options of its group is judged with them, below.
+        # Constraints between searched options of a group are checked jointly, below.
         alone = not any(k != key and k.partition(".")[0] == group for k in space)
         check = command.changed if alone else command.check_types
-        for value in found.extremes(integer=key in integer_options(type(config), space)):
+        for value in choices.extremes(integer=key in integer_options(type(config), space)):
             try:
                 check({key: value})
             except UsageError as error:
@@ -82,14 +82,14 @@ def check_search(command: "Command") -> None:
 
 
 def own_values(config: "RunConfig") -> Values:
-    """What the configuration itself has for the options of the space."""
+    """The configuration's own values of the searched options."""
     options = dotted(dataclasses.asdict(config))
     return {key: options[key] for key in config.tune.space}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sampler learns from: a trial that has ended or is under way."""
+    """A trial, ended or running, as a sampler learns from it."""
 
     values: Values
     accuracy: float | None  # None: none yet
@@ -98,19 +98,19 @@ class Outcome:
 
 
 class Sampler(Protocol):
-    """Where trials come from."""
+    """Source of the trials' values."""
 
     def known(self) -> dict[int, Values]:
-        """The trials that are already decided on, by number."""
+        """The trials whose values are already fixed, by number."""
         ...
 
     def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
-        """The values of a trial, given what is known of those before it."""
+        """The values of a trial, given the outcomes of earlier ones."""
         ...
 
 
 class RandomSampler:
-    """Every trial follows from the seed and its number."""
+    """Random search: a trial depends only on the seed and its number."""
 
     def __init__(self, config: "RunConfig") -> None:
         self._config, self._seed, self._first = config.tune, config.seed, own_values(config)
@@ -121,7 +121,7 @@ class RandomSampler:
         return {number: self.values(number, ()) for number in range(self._config.num_trials)}
 
     def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
-        """See Sampler; the outcomes do not matter."""
+        """See Sampler; the outcomes are ignored."""
         del outcomes
         return sample(
             self._config, number, seed=self._seed, integers=self._integers, first=self._first
@@ -129,10 +129,9 @@ class RandomSampler:
 
 
 class OptunaSampler:
-    """Optuna's TPE: a trial follows from the seed, its number, and the outcomes when it began.
+    """Optuna's TPE: a trial depends on the seed, its number, and the outcomes when it started.
 
-    What was suggested is written down before it is tried, so that an interrupted search tries the
-    same again.
+    Suggestions are saved before they are used, so that an interrupted search repeats them.
     """
 
     def __init__(self, config: "RunConfig", directory: UPath) -> None:
@@ -145,7 +144,7 @@ class OptunaSampler:
         }
 
     def known(self) -> dict[int, Values]:
-        """What was suggested so far."""
+        """The suggestions so far."""
         return {n: v for n, v in self._known.items() if n < self._config.num_trials}
 
     def values(self, number: int, outcomes: Sequence[Outcome]) -> Values:
@@ -157,7 +156,7 @@ class OptunaSampler:
 
     def _suggest(self, number: int, outcomes: Sequence[Outcome]) -> Values:
         space = self._config.space
-        if number == 0 and all(found.contains(self._first.get(k)) for k, found in space.items()):
+        if number == 0 and all(r.contains(self._first.get(k)) for k, r in space.items()):
             return dict(self._first)
         import optuna
 
@@ -200,28 +199,28 @@ class OptunaSampler:
             IntDistribution,
         )
 
-        found = self._config.space[key]
-        if found.choice is not None:
-            return CategoricalDistribution(found.choice)
-        low, high = found.extremes(integer=key in self._integers)
-        kind = IntDistribution if key in self._integers else FloatDistribution
-        return kind(low, high, log=found.loguniform is not None)
+        option = self._config.space[key]
+        if option.choice is not None:
+            return CategoricalDistribution(option.choice)
+        low, high = option.extremes(integer=key in self._integers)
+        distribution = IntDistribution if key in self._integers else FloatDistribution
+        return distribution(low, high, log=option.loguniform is not None)
 
 
 def build_sampler(config: "RunConfig", directory: UPath) -> Sampler:
-    """The sampler that the configuration asks for."""
+    """The configured sampler."""
     if config.tune.sampler == "optuna":
         return OptunaSampler(config, directory)
     return RandomSampler(config)
 
 
 def input_values(config: TuneConfig, sampler: Sampler) -> list[Values]:
-    """The distinct values, over all trials, of the options that change shards or networks."""
+    """Distinct values, over all trials, of the options that change shards or networks."""
     keys = [key for key in config.space if key.partition(".")[0] in INPUTS]
     points: list[dict[str, Value]] = [{}]
     if config.sampler == "optuna":
         for key in keys:
             points = [{**point, key: v} for point in points for v in config.space[key].choice or ()]
         return points
-    found = [{key: values[key] for key in keys} for values in sampler.known().values()]
-    return [values for i, values in enumerate(found) if values not in found[:i]]
+    points = [{key: values[key] for key in keys} for values in sampler.known().values()]
+    return [point for i, point in enumerate(points) if point not in points[:i]]

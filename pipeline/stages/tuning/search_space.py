@@ -1,4 +1,4 @@
-"""The space of a search: which options vary and how, drawn from the seed alone."""
+"""Search space: the ranges of the searched options, and seeded draws from them."""
 
 import dataclasses
 import itertools
@@ -18,25 +18,25 @@ Values = dict[str, Value]
 
 SEARCHED = ("ipc", "shard", "model", "pretrain", "synthetic", "distill", "frequencies", "augment")
 INPUTS = ("shard", "model", "pretrain")
-"""Options that change shards or networks, which are made before the trials start."""
+"""Options that change shards or networks, which are built before the trials start."""
 RUNG_OPTION = "distill.num_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """What one option may be; exactly one of the four is given."""
+    """Range of one searched option; exactly one of the four fields is given."""
 
     choice: list[Value] | None = None
-    """One of these, each as likely."""
+    """One of these values, with equal probability."""
     grid: list[Value] | None = None
-    """Each of these, together with every draw of the other options."""
+    """All of these values, each combined with every draw of the other options."""
     uniform: tuple[float, float] | None = None
-    """Between two numbers; rounded where the option is an integer."""
+    """Uniform between two numbers; rounded for integer options."""
     loguniform: tuple[float, float] | None = None
-    """As uniform, on a logarithmic scale."""
+    """Log-uniform between two numbers; rounded for integer options."""
 
     def problem(self) -> str | None:
-        """What is wrong with it, if something is."""
+        """Why the range is invalid, or None."""
         given = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None]
         if len(given) != 1:
             return f"needs exactly one of {', '.join(self.__dataclass_fields__)}, got {given}"
@@ -53,7 +53,7 @@ class Range:
         return None
 
     def extremes(self, *, integer: bool) -> list[Value]:
-        """All values, or the two ends."""
+        """All listed values, or the two bounds."""
         listed = self.grid or self.choice
         if listed:
             return list(listed)
@@ -62,14 +62,14 @@ class Range:
         return [round(end) if integer else end for end in ends]
 
     def contains(self, value: object) -> bool:
-        """Whether a draw can be this value."""
+        """Whether the range contains a value."""
         if self.choice is not None or self.grid is not None:
             return value in (self.choice or self.grid or ())
         low, high = self.uniform or self.loguniform or (0.0, 0.0)
         return isinstance(value, (int, float)) and low <= value <= high
 
     def draw(self, uniform: float, *, integer: bool) -> Value:
-        """The value at a place within [0, 1)."""
+        """Map a uniform number in [0, 1) to a value of the range."""
         if self.choice:
             return self.choice[int(uniform * len(self.choice))]
         if self.loguniform:
@@ -84,39 +84,40 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Stage tune: a search over other options, by accuracy on images held out of train."""
+    """Hyperparameter search, by accuracy on images held out of train."""
 
     space: dict[str, Range] = field(default_factory=dict)
     """Dotted option -> its range: [tune.space."distill.lr"] loguniform = [1e-3, 1e-1]."""
     samples: int = 16
-    """Draws from the space, the first of them the preset's own values; each is tried with every
+    """Draws from the space, the first being the preset's own values; each is run with every
     combination of the grids."""
     sampler: Literal["random", "optuna"] = "random"
-    """`random`: draw n follows from the seed alone. `optuna`: TPE, which learns from the trials
-    before; of accuracy and stored bytes, if the latter vary."""
+    """`random`: draw n depends only on the seed and n. `optuna`: TPE, which learns from earlier
+    trials; two objectives, accuracy and stored bytes, if the latter vary."""
     rungs: tuple[float, ...] = (1 / 9, 1 / 3, 1.0)
-    """Fractions of distill.num_steps after which a trial is evaluated, and stopped if it is
-    hopeless (asynchronous successive halving); after the last it is finished."""
+    """Fractions of distill.num_steps after which a trial is evaluated, and stopped if unpromising
+    (asynchronous successive halving); after the last rung it is finished."""
     reduction_factor: float = 3.0
-    """About one of so many trials goes on beyond a rung. Rungs of [1.0] stop nobody."""
+    """About one in this many trials continues beyond a rung. Rungs of [1.0] stop no trial."""
     selection_fraction: float = 0.1
-    """Part of each class of train that judges the trials, where source.selection_fraction is 0."""
+    """Fraction of each training class held out to evaluate trials if source.selection_fraction
+    is 0."""
     repeats: int = 1
-    """Fresh networks a rung."""
+    """Fresh networks per rung."""
     epochs: int = 200
-    """Epochs of each; the rest of their training is that of `evaluate`."""
+    """Training epochs of each network; other training options are those of `evaluate`."""
     cpus_per_trial: float = 1.0
-    """CPUs, and threads, of a trial. As many trials run at once as the cluster has room for."""
+    """CPUs, and threads, per trial. As many trials run at once as fit the cluster."""
     gpus_per_trial: float = 1.0
-    """GPUs of a trial where GPUs are used; small networks may share one: 0.25."""
+    """GPUs per trial if GPUs are used; small networks can share one: 0.25."""
     max_concurrent: int | None = None
-    """Trials at once; default: as many as there is room for when the search starts."""
+    """Maximum concurrent trials; default: as many as fit when the search starts."""
     retries: int = 2
-    """How often a trial that failed is started again."""
+    """Retries of a failed trial."""
 
     def __post_init__(self) -> None:
-        for key, found in self.space.items():
-            if problem := found.problem():
+        for key, values in self.space.items():
+            if problem := values.problem():
                 raise ValueError(f"tune.space {key!r} {problem}")
         for name in ("samples", "repeats", "epochs", "max_concurrent"):
             value = getattr(self, name)
@@ -136,42 +137,42 @@ class TuneConfig:
                 raise ValueError(f"tune.{name} must be positive, got {getattr(self, name)}")
         if self.retries < 0:
             raise ValueError(f"tune.retries must not be negative, got {self.retries}")
-        grids = [key for key, found in self.space.items() if found.grid is not None]
+        grids = [key for key, values in self.space.items() if values.grid is not None]
         if self.sampler == "optuna" and grids:
-            raise ValueError(f"tune.sampler optuna knows no grid, but choice: {', '.join(grids)}")
+            raise ValueError(f"tune.sampler optuna needs choice, not grid: {', '.join(grids)}")
 
     def steps(self, num_steps: int) -> tuple[int, ...]:
-        """The rungs in steps; each at least one more than the one before."""
-        found: list[int] = []
+        """The rungs in steps, strictly increasing."""
+        steps: list[int] = []
         for fraction in self.rungs:
-            found.append(max(round(fraction * num_steps), found[-1] + 1 if found else 1))
-        return tuple(found)
+            steps.append(max(round(fraction * num_steps), steps[-1] + 1 if steps else 1))
+        return tuple(steps)
 
     @property
     def grid_size(self) -> int:
-        """Trials a draw."""
-        return math.prod(len(found.grid) for found in self.space.values() if found.grid)
+        """Trials per draw."""
+        return math.prod(len(values.grid) for values in self.space.values() if values.grid)
 
     @property
     def num_trials(self) -> int:
-        """Trials of the search."""
+        """Total number of trials."""
         return self.samples * self.grid_size
 
 
 def option_type(config_class: type, key: str) -> Any:
-    """The type of a dotted option of a configuration class; KeyError, with what is near, if there
-    is none.
+    """The type of a dotted option of a configuration class. Raises KeyError, with the closest
+    option, if there is none.
     """
-    found: Any = config_class
+    hint: Any = config_class
     for name in key.split("."):
-        fields = get_type_hints(found) if dataclasses.is_dataclass(found) else {}
+        fields = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
         if name not in fields:
             near = get_close_matches(key, option_names(config_class), n=1)
             raise KeyError(f"no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        found = fields[name]
-    if dataclasses.is_dataclass(found):
+        hint = fields[name]
+    if dataclasses.is_dataclass(hint):
         raise KeyError(f"{key!r} is a group of options, not one")
-    return found
+    return hint
 
 
 def option_names(config_class: type, prefix: str = "") -> Iterator[str]:
@@ -185,7 +186,7 @@ def option_names(config_class: type, prefix: str = "") -> Iterator[str]:
 
 
 def integer_options(config_class: type, space: Mapping[str, Range]) -> set[str]:
-    """Those of the space's options that are integers."""
+    """The integer options of a space."""
     hints = {key: option_type(config_class, key) for key in space}
     return {k for k, hint in hints.items() if hint is int or int in get_args(hint)} - {
         k for k, hint in hints.items() if float in get_args(hint)
@@ -195,17 +196,17 @@ def integer_options(config_class: type, space: Mapping[str, Range]) -> set[str]:
 def sample(
     config: TuneConfig, number: int, *, seed: int, integers: set[str], first: Values
 ) -> Values:
-    """The values of a trial under the sampler `random`. The first draw is `first`, where it has a
-    value: so a search ends no worse, on its images, than where it began.
+    """Values of a trial of the `random` sampler. The first draw uses the values of `first`, so the
+    search does no worse, on its held-out images, than the initial configuration.
 
-    A draw depends on (seed, number, option) alone: with more samples or one more option the others
-    stay.
+    A draw depends only on (seed, number, option): more samples or options leave the others
+    unchanged.
     """
     draw, place = divmod(number, config.grid_size)
-    grids = {key: found.grid for key, found in config.space.items() if found.grid}
+    grids = {key: option.grid for key, option in config.space.items() if option.grid}
     point = dict(zip(grids, list(itertools.product(*grids.values()))[place], strict=True))
     values: Values = {}
-    for key, found in config.space.items():
+    for key, option in config.space.items():
         if key in point:
             values[key] = point[key]
         elif draw == 0 and key in first:
@@ -213,12 +214,12 @@ def sample(
         else:
             generator = keyed_generator(seed, "tune", draw, key)
             uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-            values[key] = found.draw(uniform, integer=key in integers)
+            values[key] = option.draw(uniform, integer=key in integers)
     return values
 
 
 def override(config: Any, values: Mapping[str, Any]) -> Any:
-    """A configuration with some dotted options replaced. Raises ValueError as its classes do."""
+    """Replace dotted options of a configuration. Raises ValueError as its classes do."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         name, _, rest = key.partition(".")

@@ -1,7 +1,7 @@
-"""A trial of a search: a distillation in one process, evaluated at rungs on held-out train images.
+"""Search trial: one-process distillation, evaluated at rungs on held-out training images.
 
-Its directory holds its checkpoints and the result of every rung. A trial that is started again goes
-on from there: rungs that are done are reported from their files.
+Its directory holds its checkpoints and the result of every rung. A restarted trial resumes from
+there: finished rungs are reported from their files.
 """
 
 import json
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 Result = dict[str, Any]
-"""Of a rung: step, accuracy (the mean), accuracies, seconds, peak_rss_bytes."""
+"""Result of a rung: step, accuracy (the mean), accuracies, seconds, peak_rss_bytes."""
 PROGRESS_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialJob:
-    """What a trial needs."""
+    """Inputs of a trial."""
 
     number: int
     directory: UPath
@@ -51,22 +51,22 @@ class TrialJob:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the synthetic set: one a pixel and channel, as stored."""
+        """Size of the synthetic set, at one byte per stored pixel and channel."""
         spec = self.distill.store.spec
         return spec.num_classes * self.distill.ipc * spec.channels * spec.image_size**2
 
     def results(self) -> list[Result]:
-        """Of the rungs that are done."""
-        found: list[Result] = []
-        while len(found) < len(self.rungs) and (result := read_json(self._path(len(found)))):
-            found.append(result)
-        return found
+        """Results of the finished rungs."""
+        results: list[Result] = []
+        while len(results) < len(self.rungs) and (result := read_json(self._path(len(results)))):
+            results.append(result)
+        return results
 
     def _path(self, rung: int) -> UPath:
         return self.directory / f"rung-{rung}.json"
 
     def run(self, report: Callable[[Result], None], device: str) -> None:
-        """Distil and evaluate, rung by rung. Raises what distillation and training raise."""
+        """Distil and evaluate, rung by rung. Propagates errors of distillation and training."""
         self.directory.mkdir(parents=True, exist_ok=True)
         done = self.results()
         for result in done:
@@ -92,7 +92,7 @@ class TrialJob:
             report(result)
 
     def _accuracies(self, steps: int, device: str) -> list[float]:
-        """Of fresh networks trained on the set after so many steps, on the split `select`."""
+        """Accuracies on split `select` of fresh networks trained on the set at this step."""
         job = self.distill
         state = load_checkpoint(job.checkpoints, at_most=steps)
         if state is None or int(state["step"]) != steps:
@@ -122,7 +122,8 @@ class TrialJob:
         rows = [
             old
             for old in read_rows(self.distill.metrics)
-            if old["stage"] != "tune" or old["step"] < result["step"]  # told before it was cut off
+            if old["stage"] != "tune"
+            or old["step"] < result["step"]  # written before an interruption
         ]
         append_rows(self.distill.metrics, [*rows, row], fresh=True)
         trackers = Trackers(self.distill.tracked, result["step"])
@@ -132,7 +133,7 @@ class TrialJob:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob:
-    """What the trials of a search share; it travels to their workers once."""
+    """State shared by the trials of a search; sent to their workers once."""
 
     name: str  # of the run
     config: "RunConfig"
@@ -140,7 +141,7 @@ class SweepJob:
     inputs: Mapping[str, DistillJob]  # input_key -> a job on its shards and networks
 
     def trial(self, number: int, values: Values) -> TrialJob:
-        """The trial with these values. Raises ValueError if they make no configuration."""
+        """The trial with these values. Raises ValueError if they are not a valid configuration."""
         config: RunConfig = override(self.config, values)
         rungs = config.tune.steps(config.distill.num_steps)
         training = replace(config.evaluate.training, epochs=config.tune.epochs)
@@ -185,14 +186,14 @@ class SweepJob:
 
 
 def input_key(values: Mapping[str, object]) -> str:
-    """What of a trial's values changes shards or networks."""
+    """Key of the values that change shards or networks."""
     return canonical_json({k: v for k, v in values.items() if k.partition(".")[0] in INPUTS})
 
 
 def run_trial(config: dict[str, Any], *, sweep: SweepJob, device: str) -> None:
-    """The function that Ray Tune runs, on a worker.
+    """Ray Tune's trainable function: run one trial on a worker.
 
-    What would only fail again (a loss that is no number) is a result, not an error to retry.
+    Failures that a retry would repeat (a non-finite loss) are reported as results, not raised.
     """
     from ray import tune
 
