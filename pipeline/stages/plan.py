@@ -47,7 +47,7 @@ class PlanConfig:
     images: int | None = None
     """With `nodes`: its images."""
     gpu: str | None = None
-    """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table instead of probing
+    """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table, not probing
     this machine."""
     probe_s: float = 60.0
     """Approximate time limit of the step probe, seconds."""
