@@ -81,7 +81,8 @@ def test_a_run_waits_for_a_gpu_that_comes_on_demand(scratch: Path, tmp_path: Pat
         processes.append(start(driver, environment | address, run))
         wait_for_text(run, "waiting for nodes: 1 GPU and 1 CPU wanted, 0 and 0 there", processes[1])
         node = ["ray", "start", f"--address=127.0.0.1:{port}", "--num-cpus=1", "--num-gpus=1"]
-        processes.append(start([*node, *shared], environment, scratch / "node.log"))
+        gpu = environment | {"CUDA_VISIBLE_DEVICES": "0"}  # the tests themselves see none
+        processes.append(start([*node, *shared], gpu, scratch / "node.log"))
         assert processes[1].wait(200) == 0, run.read_text()
         assert "trained on {'GPU': 1.0, 'CPU': 1.0}" in run.read_text()
         assert run.read_text().rstrip().endswith("}"), "nothing is waited for any more"
