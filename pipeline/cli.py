@@ -1,6 +1,4 @@
-"""The command line: presets, options made from the stages' own dataclasses, and messages about
-them.
-"""
+"""Command line: presets, options generated from the configuration dataclasses, error messages."""
 
 import functools
 import json
@@ -35,15 +33,15 @@ class Command:
     toml: str  # the resolved configuration
 
     def changed(self, values: Mapping[str, object]) -> "Command":
-        """All stages on this configuration with some dotted options changed, checked as if they had
-        been given on the command line. Raises UsageError.
+        """A command with some dotted options changed and all stages, validated like options of the
+        command line. Raises UsageError.
         """
         namespace = self.check_types(values)
         parser = _plain_parser()
         return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
 
     def check_types(self, values: Mapping[str, object]) -> Namespace:
-        """As `changed`, but values that do not fit each other are not found."""
+        """As `changed`, but checks types only, not constraints between options."""
         tree = tomllib.loads(self.toml)
         for key, value in values.items():
             *groups, name = key.split(".")
@@ -56,7 +54,7 @@ class Command:
 
 
 def parse_command(argv: Sequence[str]) -> Command:
-    """The stages to run and the resolved configuration. Raises UsageError.
+    """Parse the stages to run and the resolved configuration. Raises UsageError.
 
     `--help` and `--print_config` print and exit.
     """
@@ -98,8 +96,8 @@ def _with_named(
     key: str,
     settings_of: Callable[[str, Namespace], dict[str, Any]],
 ) -> list[str]:
-    """What the evaluation protocol or the method sets that is named by an option: as defaults if
-    the preset names it, else as options before those of the command line.
+    """Apply the settings of the protocol or method named by option `key`: as defaults if the preset
+    names it, else as options before those of the command line.
     """
     flag, named = f"--{key}", None
     for option, value in zip(options, [*options[1:], ""], strict=False):
@@ -109,24 +107,24 @@ def _with_named(
     if chosen is None:
         return options
     try:
-        wanted = settings_of(chosen, given)
+        settings = settings_of(chosen, given)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if named is None:
-        parser.set_defaults(wanted)
+        parser.set_defaults(settings)
         return options
     first = next((i for i, o in enumerate(options) if o == "--config"), -2) + 2
     first = max(first, sum(option.startswith("--config=") for option in options[:1]))
     added = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in wanted.items()
+        for name, value in settings.items()
     ]
     return [*options[:first], *added, *options[first:]]
 
 
 @functools.cache
 def _plain_parser() -> ArgumentParser:
-    """A parser without a default preset, made once: it takes a second, and a search needs many."""
+    """A cached parser without a default preset: building one takes 1 s, and a search needs many."""
     return _parser([])
 
 
@@ -150,7 +148,7 @@ def _parser(defaults: list[Path]) -> ArgumentParser:
 
 
 class _Parser(ArgumentParser):
-    """An ArgumentParser whose errors are exceptions, of one line."""
+    """ArgumentParser that raises UsageError with a one-line message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
@@ -159,7 +157,7 @@ class _Parser(ArgumentParser):
         if re.search(r"(?<![.\w])stream['\".]", line):
             line = (
                 "the options stream.* are gone: real images are read from a store on disk, which "
-                "needs no budget of memory; remove them (runtime.local_directory says where it is)"
+                "needs no memory budget; remove them (runtime.local_directory sets its place)"
             )
         if "legacy_every" in line:
             line = "the option evaluate.legacy_every is now evaluate.best_on_test_every"
@@ -182,8 +180,8 @@ def _build(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
 
 
 def _preset_of(argv: Sequence[str]) -> str | None:
-    """The preset named on the command line; it must come before any other option, which it would
-    silently undo.
+    """The preset named on the command line. It must come first: it would silently override options
+    before it.
     """
     values = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
     if not values:
@@ -194,7 +192,7 @@ def _preset_of(argv: Sequence[str]) -> str | None:
     preset = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
     try:
         found = UPath(preset).is_file()
-    except Exception as error:  # of whatever kind the library of an object store has for it
+    except Exception as error:  # object store libraries raise errors of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"cannot read --config {preset}: {reason}") from error
     if not found:
@@ -204,6 +202,6 @@ def _preset_of(argv: Sequence[str]) -> str | None:
 
 
 def exit_with_usage_error(error: Exception) -> NoReturn:
-    """End with status 2 and one line."""
+    """Print a one-line error and exit with status 2."""
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     sys.exit(2)

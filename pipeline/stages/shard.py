@@ -149,7 +149,7 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
         for record in json.loads(row["records"]):
             if reason := record.get("storage_error"):
                 raise StorageError(
-                    " ".join(f"{reason}; the same command goes on from here".split())
+                    " ".join(f"{reason}; the same command resumes from here".split())
                 )
             records[record["name"]] = record
             bad += record["quarantine"]

@@ -1,4 +1,4 @@
-"""`run.py compare RUN RUN ...`: the tables and curves of several runs side by side, in one page."""
+"""`run.py compare RUN RUN ...`: compare tables and curves of several runs in one page."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def compare_command(arguments: Sequence[str]) -> UPath:
         if word == "--output" or word.startswith("--output="):
             output = word.partition("=")[2] or (rest.pop(0) if rest else "")
         elif word.startswith("-"):
-            raise UsageError(f"compare does not know {word}; {USAGE}")
+            raise UsageError(f"compare has no option {word}; {USAGE}")
         else:
             runs.append(UPath(word))
     if len(runs) < 2 or not output:
@@ -39,7 +39,7 @@ def compare_command(arguments: Sequence[str]) -> UPath:
 
 
 def write_comparison(runs: Sequence[UPath], output: UPath) -> UPath:
-    """One page about several run directories; parts that a run does not have are left empty.
+    """Write a page comparing run directories; parts that a run lacks are left empty.
 
     Raises UsageError if one is not the directory of a run.
     """
@@ -66,7 +66,7 @@ def write_comparison(runs: Sequence[UPath], output: UPath) -> UPath:
 
 
 def _names(runs: Sequence[UPath]) -> list[str]:
-    """The directories' names, with what is above them where two are the same."""
+    """The directories' names; numbered full paths if two are equal."""
     plain = [run.name for run in runs]
     if len(set(plain)) == len(plain):
         return plain
@@ -79,22 +79,22 @@ def _preview(run: UPath) -> str:
 
 
 def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(row, a cell for each run); the best distilled ones need no mark: spreads decide."""
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    """(row label, one cell per run). The best run is not marked: spreads decide."""
+    by_row: dict[tuple[str, str], dict[int, str]] = {}
     for i, evaluation in enumerate(evaluations):
         for row in evaluation.get("rows", []):
             spread = f" ± {100 * row['std']:.1f}" if len(row["accuracy"]) > 1 else ""
             text = f"{100 * row['mean']:.1f}{spread} ({len(row['accuracy'])})"
-            found.setdefault((row["set"], row["network"]), {})[i] = text
+            by_row.setdefault((row["set"], row["network"]), {})[i] = text
     order = list(SET_NAMES)
     keys = sorted(
-        found, key=lambda key: (key[1], order.index(key[0]) if key[0] in order else len(order))
+        by_row, key=lambda key: (key[1], order.index(key[0]) if key[0] in order else len(order))
     )
     several = len({network for _, network in keys}) > 1
     return [
         (
             SET_NAMES.get(name, name) + (f", {network}" if several else ""),
-            [found[name, network].get(i, NOTHING) for i in range(len(evaluations))],
+            [by_row[name, network].get(i, NOTHING) for i in range(len(evaluations))],
         )
         for name, network in keys
     ]
@@ -117,7 +117,7 @@ def _audit(audits: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The options that are not the same in all runs."""
+    """The options that differ between runs."""
     flat = [_flat("", config) for config in configs]
     keys = sorted({key for options in flat for key in options} - {"name"})
     rows = [(key, [_value(options.get(key, NOTHING)) for options in flat]) for key in keys]
@@ -125,7 +125,7 @@ def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
 
 
 def _value(value: object) -> str:
-    """As it is written on the command line."""
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -160,7 +160,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _charts(runs: Mapping[str, UPath]) -> list[Chart]:
-    """One chart for each metric of the distillation that any run has."""
+    """One chart per distillation metric of any run."""
     curves: dict[str, dict[str, dict[int, float]]] = {}
     for name, run in runs.items():
         for row in read_rows(run / "metrics.jsonl"):
