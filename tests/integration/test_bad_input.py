@@ -129,7 +129,11 @@ CASES = [
     Case("truncated.jpg", truncated, "OSError: .*truncated"),
     Case("empty.png", lambda path: path.touch(), "UnidentifiedImageError: the file is empty"),
     Case("png-called.jpg", lambda path: image(path, format="PNG")),
-    Case("text.jpg", lambda path: path.write_text("hello"), "UnidentifiedImageError: not an image format"),
+    Case(
+        "text.jpg",
+        lambda path: path.write_text("hello"),
+        "UnidentifiedImageError: not an image format",
+    ),
     Case("html.jpg", lambda path: path.write_text("<html>404" * 99), "UnidentifiedImageError"),
     Case("cmyk.jpg", lambda path: image(path, halves("CMYK"), quality=100), "", RED, BLUE),
     Case("sixteen.png", sixteen_bits, "", (200, 200, 200)),
