@@ -186,6 +186,6 @@ class Nearest(NamedTuple):
 
 
 def nearest(x: Tensor, many: Tensor, first_place: int = 0) -> Nearest:
-    """Nearest neighbours of samples x (M, D) in `many` (N, D), whose indices start at first_place."""
+    """Nearest neighbours of samples x (M, D) in `many` (N, D), indexed from first_place."""
     distance, index = _distances(x, many).min(1)
     return Nearest(distance, index + first_place)

@@ -128,7 +128,7 @@ def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _first_centres(x: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """k-means++ initialisation: probabilities proportional to squared distances to chosen centres."""
+    """k-means++ initialisation: sample in proportion to squared distances to chosen centres."""
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     nearest = (x - x[chosen[0]]).square().sum(1)
     while len(chosen) < count:
