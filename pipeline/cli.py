@@ -191,11 +191,11 @@ def _preset_of(argv: Sequence[str]) -> str | None:
         raise UsageError(f"--config must come before the options that change it: {argv[0]} ...")
     preset = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
     try:
-        found = UPath(preset).is_file()
+        exists = UPath(preset).is_file()
     except Exception as error:  # object store libraries raise errors of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"cannot read --config {preset}: {reason}") from error
-    if not found:
+    if not exists:
         known = ", ".join(sorted(path.name for path in PRESETS.glob("*.toml")))
         raise UsageError(f"--config needs a preset file, got {preset!r}; in {PRESETS} are {known}")
     return preset

@@ -98,8 +98,8 @@ class Store:
         maps = {c: file.open() for c, file in files.items()}
         missing = {c: file for c, file in files.items() if maps[c] is None}
         if missing:
-            with _making(directory, list(missing.values())) as tell, in_use(directory):
-                _make(self.shards, missing, entries, tell)
+            with _making(directory, list(missing.values())) as report, in_use(directory):
+                _make(self.shards, missing, entries, report)
                 maps |= {c: file.open() for c, file in missing.items()}
         images = {c: image for c, image in maps.items() if image is not None}
         if len(images) < len(maps):
@@ -147,7 +147,9 @@ class ClassFile:
                 self._write_index(index["sha256"])
         return torch.from_numpy(images)
 
-    def make(self, shards: UPath, entries: Sequence[Manifest], tell: Callable[[int], None]) -> None:
+    def make(
+        self, shards: UPath, entries: Sequence[Manifest], report: Callable[[int], None]
+    ) -> None:
         """Decode the class's shards. Raises ShardError, and OSError if it cannot be written."""
         if self.index.exists():
             logger.warning("%s is damaged: decoding it again", self.path)
@@ -159,7 +161,7 @@ class ClassFile:
                     for block in decoded(shards, entry, self.shape[1:]):
                         digest.update(block.data)
                         _write_all(file, block)
-                        tell(len(block))
+                        report(len(block))
                 os.fsync(file.fileno())
             self.partial.replace(self.path)
         except BaseException:
@@ -176,7 +178,7 @@ def _make(
     shards: UPath,
     files: dict[int, ClassFile],
     entries: dict[int, list[Manifest]],
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> None:
     """Decode these classes in parallel. Those locked by another process come last, when it has
     finished or failed.
@@ -185,7 +187,7 @@ def _make(
     def make(c: int, *, wait: bool) -> bool:
         with locked(files[c].path.with_suffix(".lock"), wait=wait) as got:
             if got and files[c].open() is None:
-                files[c].make(shards, entries[c], tell)
+                files[c].make(shards, entries[c], report)
         return got
 
     next(iter(files.values())).path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +252,7 @@ def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[i
     progress = Progress("store", sum(file.shape[0] for file in files), unit="images")
     progress.printed = progress.started  # a small store needs no line
 
-    def tell(images: int) -> None:
+    def report(images: int) -> None:
         nonlocal done
         with lock:
             done += images
@@ -270,7 +272,7 @@ def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[i
         begun = sum(file.partial.stat().st_size for file in files if file.partial.exists())
         if needed - begun > shutil.disk_usage(directory).free:
             raise error("not enough disk space")
-        yield tell
+        yield report
     except StorageError:
         raise
     except OSError as failure:

@@ -219,21 +219,21 @@ def shard_bytes(config: "RunConfig", source: Source) -> int:
     return round(sum(sizes) / len(sizes) * len(samples))
 
 
-def estimate_lines(found: Estimate, config: "RunConfig") -> str:
+def estimate_lines(plan: Estimate, config: "RunConfig") -> str:
     """The plan as lines of text."""
-    total = found.pretrain_s + found.distill_s + found.evaluate_s
-    kind = "GPU" if found.use_gpu else "CPU"
+    total = plan.pretrain_s + plan.distill_s + plan.evaluate_s
+    kind = "GPU" if plan.use_gpu else "CPU"
     lines = [
-        ("shards on disk", f"{memory(found.shard_bytes)} ({found.images} images)"),
-        ("decoded images on disk", f"{memory(found.store_bytes)} on every node, at most"),
-        ("workers", f"{found.workers}, a {kind} each"),
-        ("memory per worker", memory(found.memory)),
-        ("GPU memory per worker", memory(found.gpu_memory) if found.use_gpu else "none"),
-        ("network per step", f"{found.network_bytes:,} bytes, all workers together"),
-        ("step", f"{found.step_s:.3g} s ({found.step_source})"),
-        ("distillation", f"{duration(found.distill_s)} ({config.distill.num_steps} steps)"),
-        ("pretraining", f"about {duration(found.pretrain_s)}"),
-        ("evaluation", f"about {duration(found.evaluate_s)}"),
-        ("all", f"about {duration(total)}, {total * found.workers / 3600:.2g} {kind} hours"),
+        ("shards on disk", f"{memory(plan.shard_bytes)} ({plan.images} images)"),
+        ("decoded images on disk", f"{memory(plan.store_bytes)} on every node, at most"),
+        ("workers", f"{plan.workers}, a {kind} each"),
+        ("memory per worker", memory(plan.memory)),
+        ("GPU memory per worker", memory(plan.gpu_memory) if plan.use_gpu else "none"),
+        ("network per step", f"{plan.network_bytes:,} bytes, all workers together"),
+        ("step", f"{plan.step_s:.3g} s ({plan.step_source})"),
+        ("distillation", f"{duration(plan.distill_s)} ({config.distill.num_steps} steps)"),
+        ("pretraining", f"about {duration(plan.pretrain_s)}"),
+        ("evaluation", f"about {duration(plan.evaluate_s)}"),
+        ("all", f"about {duration(total)}, {total * plan.workers / 3600:.2g} {kind} hours"),
     ]
     return "\n".join(f"[plan] {name.ljust(22)} {value}" for name, value in lines)

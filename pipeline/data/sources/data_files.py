@@ -53,7 +53,7 @@ def split_files(
     if "train" not in parts:
         raise SourceError(
             f"no file of source.path {path} has a name that begins with train, "
-            f"as one must beside {files[0].name}"
+            f"which is required with {files[0].name}"
         )
     return parts["train"], parts.get("val") or parts.get("test")
 

@@ -101,18 +101,18 @@ def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
 
 
 def _audit(audits: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    by_measure: dict[tuple[str, str], dict[int, str]] = {}
     for i, audit in enumerate(audits):
         for row in audit.get("rows", []):
             if row["set"] == "distilled" and row["value"] is not None:
                 key = (row["measure"], row["extractor"])
-                found.setdefault(key, {})[i] = f"{row['value']:.3g}"
+                by_measure.setdefault(key, {})[i] = f"{row['value']:.3g}"
     return [
         (
             AUDIT_NAMES.get(measure, measure) + (f", {extractor}" if extractor else ""),
             [cells.get(i, NOTHING) for i in range(len(audits))],
         )
-        for (measure, extractor), cells in found.items()
+        for (measure, extractor), cells in by_measure.items()
     ]
 
 
@@ -130,31 +130,28 @@ def _value(value: object) -> str:
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {
+        flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {
             f"{prefix}{name}": value
         }  # fmt: skip
-    return found
+    return flat
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     rows = [{row.name: row for row in stage_rows(entry)} for entry in stages]
-    names = dict.fromkeys(name for found in rows for name in found)
+    names = dict.fromkeys(name for run in rows for name in run)
     table = [
         (
             name,
-            [
-                f"{found[name].time}, {found[name].memory}" if name in found else NOTHING
-                for found in rows
-            ],
+            [f"{run[name].time}, {run[name].memory}" if name in run else NOTHING for run in rows],
         )
         for name in names
     ]
     totals = [
-        f"{duration(sum(row.seconds for row in found.values()))}, "
+        f"{duration(sum(row.seconds for row in run.values()))}, "
         f"{memory(max((e.get('peak_rss_bytes') or 0 for e in entry.values()), default=0))}"
-        for found, entry in zip(rows, stages, strict=True)
+        for run, entry in zip(rows, stages, strict=True)
     ]
     return [*table, ("all", totals)] if table else []
 
@@ -171,7 +168,7 @@ def _charts(runs: Mapping[str, UPath]) -> list[Chart]:
         overlay_chart(
             key,
             DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "),))[0],
-            {name: sorted(points.items()) for name, points in found.items()},
+            {name: sorted(points.items()) for name, points in by_run.items()},
         )
-        for key, found in curves.items()
+        for key, by_run in curves.items()
     ]

@@ -97,14 +97,14 @@ def class_section(rows: Sequence[Mapping[str, Any]], gallery: Gallery) -> dict[s
     shown = min(SHOWN_CLASSES, len(order) // 2)
 
     def entry(c: int) -> dict[str, Any]:
-        found = {"name": names[c], "accuracy": 100 * row["per_class"][c], "confused": ""}
+        values = {"name": names[c], "accuracy": 100 * row["per_class"][c], "confused": ""}
         if confusion is not None:
             others = [(n, j) for j, n in enumerate(confusion[c]) if j != c]
             most, other = max(others)
             if most and other < len(names):
                 share = 100 * most / sum(confusion[c])
-                found |= {"confused": names[other], "share": share}
-        return {**found, "images": gallery.classes[c].after[:SHOWN_IMAGES]}
+                values |= {"confused": names[other], "share": share}
+        return {**values, "images": gallery.classes[c].after[:SHOWN_IMAGES]}
 
     known = [c for c in order if c < len(names)]
     return {
