@@ -17,11 +17,12 @@ from upath import UPath
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
 from pipeline.methods import method_settings
+from pipeline.stages.presets import PRESETS
 from pipeline.stages.protocols import protocol_settings
 
-PRESETS = Path(__file__).parent / "presets"
 STAGES = ("shard", "pretrain", "distill", "evaluate", "report")
-EXTRA_STAGES = ("tune", "plan", "audit", "continual", "search-proxy", "export", "clean")  # if named
+EXTRA_STAGES = ("tune", "plan", "audit", "continual", "search-proxy", "export", "clean", "presets",
+    "doctor")  # fmt: skip # if named
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ def parse_command(argv: Sequence[str]) -> Command:
             raise UsageError(f"no stage {stages[0]!r}; the stages are {known}, and compare")
         if stages[0] == "export":
             options = [re.sub(r"^--to(?==|$)", "--export.to", option) for option in options]
-    preset = _preset_of(options)
-    parser = _parser([] if preset else [PRESETS / "builtin.toml"])
+    presets, options = _presets_first(options)
+    parser = _parser([] if presets else [PRESETS / "builtin.toml"])
     given = parser.parse_args(options)
     options = _with_named(parser, options, given, "method", _settings_of_method)
     options = _with_named(parser, options, given, "evaluate.protocol", _settings_of_protocol)
     namespace = parser.parse_args(options)
     if namespace.name is None:
-        namespace.name = Path(preset).stem if preset else namespace.source.kind
+        namespace.name = Path(presets[-1]).stem if presets else namespace.source.kind
     config = _build(parser, namespace)
     settings = namespace.clone()
     settings.pop("config", None)
@@ -113,8 +114,7 @@ def _with_named(
     if named is None:
         parser.set_defaults(settings)
         return options
-    first = next((i for i, o in enumerate(options) if o == "--config"), -2) + 2
-    first = max(first, sum(option.startswith("--config=") for option in options[:1]))
+    first = 2 * options.count("--config")  # presets come first
     added = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in settings.items()
@@ -141,7 +141,9 @@ def _parser(defaults: list[Path]) -> ArgumentParser:
         default_config_files=list(map(str, defaults)),
     )
     parser.add_argument(
-        "--config", action="config", help="a TOML preset; the default is the built-in photographs"
+        "--config",
+        action="config",
+        help="a TOML preset; the default is the built-in photographs. Several: later ones win",
     )
     parser.add_class_arguments(RunConfig, None, fail_untyped=True)
     return parser
@@ -179,17 +181,25 @@ def _build(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
         raise UsageError(str(error)) from error
 
 
-def _preset_of(argv: Sequence[str]) -> str | None:
-    """The preset named on the command line. It must come first: it would silently override options
-    before it.
+def _presets_first(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The named presets, and the options with these moved to the front: later presets override
+    earlier ones, and options override all presets.
     """
-    values = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
-    if not values:
-        return None
-    first = values[0]
-    if first > 0:
-        raise UsageError(f"--config must come before the options that change it: {argv[0]} ...")
-    preset = argv[0].partition("=")[2] or (argv[1] if len(argv) > 1 else "")
+    presets, others = list[str](), list[str]()
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            presets.append(next(words, ""))
+        elif word.startswith("--config="):
+            presets.append(word.partition("=")[2])
+        else:
+            others.append(word)
+    for preset in presets:
+        _check_preset(preset)
+    return presets, [*(word for preset in presets for word in ("--config", preset)), *others]
+
+
+def _check_preset(preset: str) -> None:
     try:
         exists = UPath(preset).is_file()
     except Exception as error:  # object store libraries raise errors of their own
@@ -198,7 +208,6 @@ def _preset_of(argv: Sequence[str]) -> str | None:
     if not exists:
         known = ", ".join(sorted(path.name for path in PRESETS.glob("*.toml")))
         raise UsageError(f"--config needs a preset file, got {preset!r}; in {PRESETS} are {known}")
-    return preset
 
 
 def exit_with_usage_error(error: Exception) -> NoReturn:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from pipeline.runtime.failures import storage_error, worker_error
 from pipeline.runtime.workers import Workers
 
 K = TypeVar("K")
@@ -17,10 +18,11 @@ def run_each(
 ) -> Iterator[tuple[K, Any]]:
     """Yield (key, work(job, threads, device)) of each job as it finishes.
 
-    A worker that dies is replaced up to `max_retries` times per job; an exception of `work` ends
-    the run.
+    A worker that dies is replaced up to `max_retries` times per job. An exception of `work` ends
+    the run: raises StorageError if it is one, else WorkerError.
     """
     import ray
+    from ray.exceptions import RayError
 
     remote = ray.remote(num_gpus=1 if workers.use_gpu else 0, max_retries=max_retries)(work)
     threads = [1] * len(jobs)
@@ -38,7 +40,11 @@ def run_each(
         (ready, *_), _ = ray.wait(list(pending))
         key, count = pending.pop(ready)
         free += count
-        yield key, ray.get(ready)
+        try:
+            result = ray.get(ready)
+        except RayError as error:
+            raise storage_error(error) or worker_error(error) or error from error
+        yield key, result
 
 
 def thread_shares(jobs: int, cores: int, *, largest: int | None = None) -> list[int]:

@@ -19,6 +19,7 @@ from pipeline.graph import Action, log
 from pipeline.observe.reporting.tables import duration, memory
 from pipeline.runtime.assignment import ClassCost, assign, most_workers
 from pipeline.runtime.collectives import predicted_bytes
+from pipeline.stages.cluster_plan import Sizes, cluster_figures, cluster_lines
 from pipeline.stages.probe import Answer, Request, image_spec, run_probes
 
 if TYPE_CHECKING:
@@ -35,8 +36,19 @@ SMALLEST_STEP = 0.05
 class PlanConfig:
     """Estimate of a run's resources."""
 
+    nodes: int | None = None
+    """Compute for a cluster of so many nodes, from formulas, instead of measuring this machine."""
+    gpus_per_node: int = 8
+    """Of such a node."""
+    disk_gib_per_node: float | None = None
+    """Room for the store on such a node; None: it is not checked."""
+    classes: int | None = None
+    """With `nodes`: classes of a data set that is not at hand."""
+    images: int | None = None
+    """With `nodes`: its images."""
     gpu: str | None = None
-    """Predict for this GPU from a table instead of probing this machine."""
+    """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table, not probing
+    this machine."""
     probe_s: float = 60.0
     """Approximate time limit of the step probe, seconds."""
     max_steps: int = 5
@@ -45,8 +57,14 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not self.probe_s > 0:
             raise ValueError(f"plan.probe_s must be positive, got {self.probe_s}")
-        if self.max_steps < 1:
-            raise ValueError(f"plan.max_steps must be at least 1, got {self.max_steps}")
+        for name in ("max_steps", "nodes", "gpus_per_node", "classes", "images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"plan.{name} must be at least 1, got {value}")
+        if (self.classes is None) != (self.images is None):
+            raise ValueError(
+                f"plan.classes and plan.images belong together, got {self.classes}, {self.images}"
+            )
 
 
 class Plan(Action):
@@ -57,11 +75,25 @@ class Plan(Action):
 
     def check(self) -> None:
         """See Action."""
-        _ = self.run.source
+        if self.config.plan.nodes is None or self.config.plan.classes is None:
+            _ = self.run.source
 
     def perform(self) -> None:
         """See Action."""
-        log(estimate_lines(estimate(self.config, self.run.source), self.config))
+        if self.config.plan.nodes is None:
+            log(estimate_lines(estimate(self.config, self.run.source), self.config))
+        else:
+            log(cluster_lines(cluster_figures(self.config, self._sizes())))
+
+    def _sizes(self) -> Sizes:
+        """Those of the data that are named, or else of the source."""
+        plan = self.config.plan
+        if plan.classes is not None and plan.images is not None:
+            each = plan.images // plan.classes
+            return Sizes.of(self.config, [each] * plan.classes, plan.images)
+        source = self.run.source
+        images = sum(len(source.samples(split)) for split in SPLITS)
+        return Sizes.of(self.config, train_counts(source), images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +140,7 @@ class Estimate:
 def estimate(config: "RunConfig", source: Source) -> Estimate:
     """Probe this machine and estimate. Raises UsageError for a GPU that is not in the table."""
     _check_gpu(config)
-    counts = [0] * len(source.class_names)
-    for sample in source.samples("train"):
-        counts[sample.label] += 1
+    counts = train_counts(source)
     synthetic = config.ipc * config.synthetic.factor**2
     calibrated = config.distill.calibration > 0
     real = [min(n, config.distill.real_batch) for n in counts]
@@ -162,6 +192,14 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
         pretrain_s=speed * slowest.train_image_s * trained / min(workers, config.pretrain.networks),
         evaluate_s=speed * slowest.train_image_s * _evaluated(config, counts) / workers,
     )
+
+
+def train_counts(source: Source) -> list[int]:
+    """Train images of each class."""
+    counts = [0] * len(source.class_names)
+    for sample in source.samples("train"):
+        counts[sample.label] += 1
+    return counts
 
 
 def _check_gpu(config: "RunConfig") -> None:

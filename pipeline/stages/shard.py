@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,15 +18,16 @@ from typing import Any
 
 from upath import UPath
 
+from pipeline.data.local import store_root
 from pipeline.data.shards import Record, ShardConfig, ShardTask, write_shards_row
 from pipeline.data.sources import SPLITS, Sample, Source, key_hash
 from pipeline.data.store import Store
-from pipeline.errors import SourceError, StorageError
+from pipeline.errors import SourceError, StorageError, UsageError
 from pipeline.graph import Stage
 from pipeline.observe.progress import Progress
 from pipeline.runtime.files import Manifest
 from pipeline.runtime.identity import fingerprint
-from pipeline.runtime.workers import connect
+from pipeline.runtime.workers import connect, joins
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,22 @@ class Shard(Stage):
     def directory(self) -> UPath:
         """Named by the source's content and the shard options."""
         return self.config.cache("shard", shard_identity(self.run.source, self.config.shard))
+
+    def check(self) -> None:
+        """See Action; also that the store of decoded images will have room on this machine."""
+        super().check()
+        if joins() or (self.directory / "manifest.json").exists():
+            return
+        images = sum(len(self.run.source.samples(split)) for split in SPLITS)
+        needed = images * self.config.shard.channels * self.config.shard.image_size**2
+        place = store_root(self.config.storage / "cache", self.config.runtime.local_directory)
+        there = next(path for path in (place, *place.parents) if path.exists())
+        if (free := shutil.disk_usage(there).free) < needed:
+            raise UsageError(
+                f"the {images:,} decoded images will need {needed / 2**30:.2f} GiB in {place}, "
+                f"where {free / 2**30:.2f} are free: make room, choose another "
+                "--runtime.local_directory, or lower --shard.image_size"
+            )
 
     def identity(self) -> str:
         """See Stage."""

@@ -1,6 +1,7 @@
 """The command line: what it accepts, and how it says no."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from upath import UPath
 
 from pipeline.cli import PRESETS, STAGES, parse_command
 from pipeline.errors import UsageError
+from pipeline.graph import Run
 from pipeline.methods import MethodName, method
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,8 @@ def test_a_preset_in_an_object_store() -> None:
         (["--config", "memory://nowhere.toml"], "nowhere.toml.*builtin.toml"),
         (["--config", "s5://bucket/x.toml"], "cannot read --config s5://bucket/x.toml: .*'s5'"),
         (["--storage_path", "s5://bucket"], "storage_path s5://bucket: Unsupported .*'s5'"),
-        (["--seed", "1", "--config", "x.toml"], "--config must come before"),
+        (["--seed", "1", "--config", "x.toml"], "--config needs a preset file, got 'x.toml'"),
+        (["--config"], "--config needs a preset file, got ''"),
         (["sharrd"], "no stage 'sharrd'.*shard, pretrain"),
         (["--num_workers", "0"], "num_workers must be at least 1"),
         (["--distill.extractor", "snapshot"], "'snapshot' needs .* pretrain.snapshot_every, got 0"),
@@ -174,3 +177,44 @@ def test_published_values() -> None:
     assert weights == [2.5, 2.5, 0.5]
     assert method("ncfm", ipc=1, image_size=32).distill.loss_weight == 300
     assert method("dm", ipc=1, image_size=32).synthetic.factor == 1
+
+
+def test_presets_in_any_order_and_the_later_one_wins(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.toml", tmp_path / "other.toml"
+    one.write_text("ipc = 3\nseed = 5\n[distill]\nlr = 0.5\n")
+    other.write_text("ipc = 4\n[distill]\nnum_steps = 7\n")
+    before = parse_command(["--config", str(one), f"--config={other}", "--distill.lr", "0.25"])
+    after = parse_command(["--distill.lr", "0.25", "--config", str(one), "--config", str(other)])
+    assert before == after
+    found = after.config
+    assert (found.ipc, found.seed, found.name) == (4, 5, "other")
+    assert (found.distill.lr, found.distill.num_steps) == (0.25, 7)
+    turned = parse_command(["--config", str(other), "--config", str(one)]).config
+    assert (turned.ipc, turned.distill.lr, turned.name) == (3, 0.5, "one")
+    method = parse_command(["--method", "dance", "--distill.lr", "0.125", "--config", str(one)])
+    assert (method.config.distill.objective, method.config.distill.lr) == ("mmd_raw", 0.125)
+
+
+def test_the_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    Run(parse_command(["presets"])).perform(("presets",))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line[0] != " "] == sorted(
+        p.stem for p in PRESETS.glob("*.toml")
+    )
+    place = lines.index("cifar10_ipc10")
+    assert lines[place + 1].strip().startswith("CIFAR-10 (10 classes), 32 px")
+    assert lines[place + 2].strip().startswith("Measured: ")
+
+
+def test_the_doctor_says_what_there_is_and_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = parse_command(["doctor", "--storage_path", str(tmp_path / "a" / "b")])
+    monkeypatch.setattr("pipeline.stages.doctor.library", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    Run(command).perform(("doctor",))
+    out = capsys.readouterr().out
+    assert re.search(r"^C\+\+ compiler +none that works", out, re.MULTILINE)
+    assert "joins the cluster at 10.0.0.1:6379" in out
+    assert re.search(rf"GiB free at {tmp_path}/a/b$", out, re.MULTILINE)
+    assert not list(tmp_path.iterdir()), "nothing is written"

@@ -60,7 +60,7 @@ def test_the_same_command_reuses_everything(tiny: tuple[Path, Path]) -> None:
 TWO_NODES = """
 import os, sys
 from pathlib import Path
-from pipeline.workers import set_ray_environment
+from pipeline.runtime.workers import set_ray_environment
 set_ray_environment()
 import ray
 from ray.cluster_utils import Cluster

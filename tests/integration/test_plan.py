@@ -3,8 +3,10 @@
 import os
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from upath import UPath
 
 from ncfm.images import ImageSpec
 from pipeline.cli import PRESETS, parse_command
@@ -13,6 +15,7 @@ from pipeline.graph import Run
 from pipeline.observe.progress import read_rows
 from pipeline.runtime.assignment import ClassCost
 from pipeline.runtime.checkpoint import load_checkpoint
+from pipeline.stages.cluster_plan import Figure, Sizes, cluster_figures, cluster_lines
 from pipeline.stages.distill import Distill
 from pipeline.stages.plan import GPUS, estimate, estimate_lines, gpu_step_s, shard_bytes
 from pipeline.stages.probe import Answer, Request, forward_flops
@@ -134,3 +137,80 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (plan.use_gpu, plan.gpu_memory) == (True, 2**28)
     assert "not measured by us; too low" in estimate_lines(plan, found.config)
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def figures(folder: Path, *options: str) -> dict[str, Figure]:
+    """What is planned for a cluster, by name."""
+    options = ("--plan.nodes", "1", "--plan.gpus_per_node", "2", *options)
+    config = parse_command(["plan", "--config", str(folder / "tiny.toml"), *options]).config
+    sizes = Sizes.of(config, [200] * 10, 2500)
+    return {figure.name: figure for figure in cluster_figures(config, sizes)}
+
+
+def test_a_clusters_bytes_are_those_of_a_run(tiny: tuple[Path, Path]) -> None:
+    """Computed for two workers, against the files and the metrics of the tiny run, within 10 %."""
+    folder, directory = tiny
+    planned = figures(folder)
+    cache = folder / "runs" / "cache"
+    store = sum(path.stat().st_size for path in cache.glob("*store*/**/*.u8"))
+    assert planned["store, each node"].value == store
+    newest = max((directory / "checkpoints").glob("*/step-*"))
+    written = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    psi = 3 * 4 * parameters_of_psi(directory)  # its weights and moments, the same for any data
+    assert planned["checkpoint, shared"].value == pytest.approx(written - psi, rel=0.1)
+    rows = [r for r in read_rows(directory / "metrics.jsonl") if r["stage"] == "distill"]
+    sent = statistics.median(row["distill/bytes_per_step"] for row in rows)
+    assert planned["network, a step"].value == pytest.approx(sent, rel=0.1)
+
+
+def parameters_of_psi(directory: Path) -> int:
+    state = load_checkpoint(UPath(next((directory / "checkpoints").iterdir())))
+    assert state is not None
+    return sum(tensor.numel() for name, tensor in state.items() if name.startswith("psi/"))
+
+
+def test_what_does_not_fit_is_said_with_what_mends_it(tiny: tuple[Path, Path]) -> None:
+    fits = cluster_lines(list(figures(tiny[0]).values()))
+    assert fits.endswith("[plan] all of it fits")
+    small = figures(tiny[0], "--plan.disk_gib_per_node", "0.001")
+    assert "set runtime.local_directory" in small["store, each node"].problem
+    large = figures(tiny[0], "--ipc", "2000000", "--plan.gpu", "l4")
+    text = cluster_lines(list(large.values()))
+    assert "GPU memory, a worker does not fit: a GPU has 24 GB: more plan.nodes" in text
+    with pytest.raises(UsageError, match=r"a100, h100, h200, l4, got 'tpu'"):
+        figures(tiny[0], "--plan.gpu", "tpu")
+
+
+def test_imagenet_on_64_gpus_needs_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    preset = str(PRESETS / "imagenet1k_ipc10.toml")
+    options = ["--plan.nodes", "8", "--plan.gpus_per_node", "8", "--plan.gpu", "h100"]
+    Run(parse_command(["plan", "--config", preset, *options])).perform(("plan",))
+    lines = capsys.readouterr().out.splitlines()
+    for name, formula in (
+        ("shards, shared", "N 1,331,167"),
+        ("store, each node", "N x 3HW"),
+        ("checkpoint, shared", "C x IPC x 3HW"),
+        ("GPU memory, a worker", "16 classes x IPC"),
+        ("memory, a worker", "pool"),
+        ("network, a step", "(2K + 1)"),
+        ("step", "passes"),
+        ("pretraining", "60 epochs x 1 networks"),
+        ("distillation", "10,000 steps"),
+        ("evaluation", "300 epochs"),
+    ):
+        (line,) = [line for line in lines if line.startswith(f"[plan] {name}  ")]
+        assert formula in line
+    assert "all of it fits" in lines[-1]
+
+
+def test_a_run_without_room_for_its_store_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=2**20)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    found = Run(parse_command(["--storage_path", str(tmp_path / "runs")]))
+    with pytest.raises(UsageError, match=r"2,500 decoded images will need 0\.01 GiB in .*lower"):
+        found.perform(("shard",))
+    assert not (tmp_path / "runs").exists()
+    free.free = 2**33
+    found.stage(Shard).check()  # negative control

@@ -20,6 +20,8 @@ CELLS = {
     "cifar100": (100, 3, 32, 3, (1, 10, 50)),
     "tinyimagenet": (200, 3, 64, 4, (1, 10, 50)),
     "fashionmnist": (10, 1, 28, 3, (1, 10, 50)),
+    "imagenet1k": (1000, 3, 224, 6, (1, 10, 50)),
+    "imagenet100": (100, 3, 224, 6, (10,)),
     **{
         f"image{subset}": (10, 3, 128, 5, (1, 10))
         for subset in ("nette", "woof", "fruit", "meow", "squawk", "yellow")
@@ -54,12 +56,13 @@ def test_the_preset_is_the_cell_it_says(name: str) -> None:
         network = build_model(config.model, num_classes=classes, channels=channels, image_size=size)
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == depth
-    assert network.num_features == 2048  # 128 channels x 4 x 4, the paper's D
+    # 128 channels x 4 x 4, the paper's D; 3 x 3 are left of 224 px
+    assert network.num_features == (1152 if size == 224 else 2048)
     header = (PRESETS / f"{name}.toml").read_text().partition("\nipc =")[0]
     assert f"python pipeline/run.py --config pipeline/presets/{name}.toml" in header
     assert "Aims at" in header
     assert re.search(
-        r"^# Measured: [\d.]+ ± |^# Not run: .* about [\d,]+ (hours|days)", header, re.MULTILINE
+        r"^# Measured: [\d.]+ ± |^# Not run: .*about [\d,]+ (hours|days)", header, re.MULTILINE
     )
     assert all(line.startswith("#") for line in header.splitlines())
 

@@ -190,9 +190,9 @@ def test_only_what_is_missing_is_written_again(
 SLOW_WRITER = """
 import sys, time
 from upath import UPath
-from pipeline.shard import plan
+from pipeline.stages.shard import plan
 from pipeline.data.shards import ShardConfig, write_shard
-from pipeline.sources import FolderSource
+from pipeline.data.sources.folder import FolderSource
 
 def slow(sample):
     time.sleep(0.01)
@@ -236,7 +236,7 @@ import ray
 from upath import UPath
 from pipeline.data.shards import ShardConfig
 from pipeline.stages.shard import shard
-from pipeline.sources import FolderSource
+from pipeline.data.sources.folder import FolderSource
 
 def slow(sample):
     time.sleep(0.1)
@@ -295,8 +295,8 @@ def test_a_killed_task_is_tried_again(tree: Path, ray_cluster: str, tmp_path: Pa
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from pipeline.image_files import StorageError
-from pipeline.stage import write_atomic
+from pipeline.errors import StorageError
+from pipeline.runtime.files import write_atomic
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 write_atomic(Path(sys.argv[1]) / "small", bytes(1000))

@@ -181,7 +181,7 @@ def test_real_images(shared_data: Path, tmp_path: Path) -> None:
 # --- what may go wrong while it is made -----------------------------------------------------------
 
 MAKE = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 from upath import UPath
 from pipeline.data import store
@@ -189,7 +189,7 @@ from pipeline.data import store
 decode = store._decode
 def slow(*arguments):
     time.sleep(float(sys.argv[3]))
-    print("decoded", flush=True)
+    os.write(1, b"decoded\\n")  # at once: several threads decode
     return decode(*arguments)
 store._decode = slow
 try:

@@ -49,7 +49,7 @@ def test_a_wrong_value_ends_the_run_at_once(ray_cluster: str, tmp_path: Path, co
 LATE_GPU = """
 import functools, sys
 import ray.train.torch
-import pipeline.workers as workers
+import pipeline.runtime.workers as workers
 from upath import UPath
 # The GPU is a number only: what NCCL would do on it is not what is tested.
 ray.train.torch.TorchConfig = functools.partial(ray.train.torch.TorchConfig, backend="gloo")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pipeline
+from pipeline.config import RunConfig
 from pipeline.runtime.workers import Workers, current_context
 from pipeline.stages.probe import Request, probe_requests
 
@@ -22,9 +23,9 @@ def test_a_worker_computes_where_it_is_told() -> None:
 
 
 def test_each_probe_has_a_gpu_of_its_own() -> None:
-    request = Request(toml="", classes=1, real=[1], threads=1, seconds=1.0)
+    request = Request(config=RunConfig(), classes=1, real=[1], threads=1, seconds=1.0)
     assert [r.device for r in probe_requests(request, 3)] == ["cpu"] * 3
-    gpu = Request(toml="", classes=1, real=[1], threads=1, seconds=1.0, device="cuda")
+    gpu = Request(config=RunConfig(), classes=1, real=[1], threads=1, seconds=1.0, device="cuda")
     assert [r.device for r in probe_requests(gpu, 3)] == ["cuda:0", "cuda:1", "cuda:2"]
 
 

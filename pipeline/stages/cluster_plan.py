@@ -1,0 +1,256 @@
+"""What a run would need on a cluster that is not there: computed, each figure with its formula.
+
+N images, C classes, H x W x 3 bytes an image, P networks of `weights` numbers with S snapshots, D
+features, K frequencies, G workers of a GPU each. Every figure is an upper bound or an expectation
+that says so; nothing is measured and nothing is started.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ncfm.backend.features import BLOCK_CHUNKS, CHUNK_PIXELS
+from ncfm.models import build_model
+from ncfm.selection import easy_count
+from pipeline.data.shards import TAR_OVERHEAD
+from pipeline.errors import UsageError
+from pipeline.observe.reporting.tables import duration, memory
+from pipeline.runtime.assignment import ClassCost, Group, assign
+from pipeline.runtime.collectives import predicted_bytes
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+ENCODED = {"png": 0.62, "jpeg": 0.21, "raw": 1.0}
+"""Encoded bytes per byte of an image: means of 150 photographs of Imagewoof at 128 px, measured;
+standard errors 0.008 and 0.003."""
+ACTIVATION_BYTES = 512
+"""Of a pixel in the maps of a ConvNet of width 128, about (`ncfm.backend.features`)."""
+TRAINING_PASSES = 3.0
+"""Cost of training on an image in forward passes."""
+STEP_S, STEP_PASSES, STEP_FLOPS = 0.73, 100 * (500 + 40 * 6), 101.9e6
+"""Seconds, passes and FLOP a pass of a step on an A100 (paper, table 3: the released code,
+CIFAR-100, IPC 10, psi off; not measured by us)."""
+TIMES = {"optimizer": {"adamw": 3, "sgd": 2}, "live": {"adamw": 4, "sgd": 3}}
+"""Copies of the images in a checkpoint (with AdamW's moments or SGD's momentum), and while a step
+is made (with the gradient)."""
+
+
+class Gpu(NamedTuple):
+    """From the vendor's data sheet."""
+
+    memory: float  # bytes
+    bandwidth: float  # bytes/s, which bounds a step
+
+
+GPUS = {
+    "a100": Gpu(80e9, 2.04e12),
+    "h100": Gpu(80e9, 3.35e12),
+    "h200": Gpu(141e9, 4.8e12),
+    "l4": Gpu(24e9, 0.3e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One line of the plan."""
+
+    name: str
+    value: float  # bytes, or seconds
+    text: str
+    formula: str
+    problem: str = ""
+    """Why it does not fit, and which option mends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the figures follow from."""
+
+    counts: Sequence[int]  # train images of each class
+    images: int  # of all splits
+    weights: int  # of a network
+    features: int
+    pass_flops: int
+
+    @classmethod
+    def of(cls, config: "RunConfig", counts: Sequence[int], images: int) -> "Sizes":
+        """With the network's, which is built without memory."""
+        from pipeline.stages.probe import forward_flops, image_spec
+
+        spec = image_spec(config, len(counts))
+        with torch.device("meta"):
+            network = build_model(
+                config.model,
+                num_classes=len(counts),
+                channels=spec.channels,
+                image_size=spec.image_size,
+            )
+        weights = sum(tensor.numel() for tensor in network.state_dict().values())
+        flops = forward_flops(config, spec)
+        return cls(
+            counts=counts,
+            images=images,
+            weights=weights,
+            features=network.num_features,
+            pass_flops=flops,
+        )
+
+
+def cluster_figures(config: "RunConfig", sizes: Sizes) -> list[Figure]:
+    """Disk, memory, network and hours of a run on plan.nodes x plan.gpus_per_node GPUs. Raises
+    UsageError for a GPU that the table does not have.
+    """
+    gpu = GPUS.get((config.plan.gpu or "a100").lower())
+    if gpu is None:
+        raise UsageError(f"plan.gpu must be one of {', '.join(GPUS)}, got {config.plan.gpu!r}")
+    workers = (config.plan.nodes or 1) * config.plan.gpus_per_node
+    synthetic = config.ipc * config.synthetic.factor**2
+    real = [
+        min(easy_count(n, config.distill.easy_fraction), config.distill.real_batch)
+        for n in sizes.counts
+    ]
+    calibrated = config.distill.calibration > 0
+    costs = [ClassCost.of(n, synthetic, calibrated=calibrated) for n in real]
+    groups = assign(costs, workers)
+    return [
+        *disk_figures(config, sizes),
+        *memory_figures(config, sizes, groups, gpu),
+        network_figure(config, sizes, groups),
+        *time_figures(config, sizes, max(group.cost(costs) for group in groups), workers, gpu),
+    ]
+
+
+def _image_bytes(config: "RunConfig") -> int:
+    return config.shard.channels * config.shard.image_size**2
+
+
+def disk_figures(config: "RunConfig", sizes: Sizes) -> list[Figure]:
+    """Shards and checkpoints on shared storage, the store on each node."""
+    image, encoded = _image_bytes(config), ENCODED[config.shard.encoding]
+    shards = round(sizes.images * (encoded * image + TAR_OVERHEAD))
+    store, room = sizes.images * image, config.plan.disk_gib_per_node
+    stored = len(sizes.counts) * config.ipc * image
+    copies = TIMES["optimizer"][config.distill.optimizer]
+    checkpoint = 4 * copies * stored
+    kept = config.runtime.checkpoints_kept + 1
+    problem = ""
+    if room is not None and store > room * 2**30:
+        problem = (
+            f"a node has {room:g} GiB: set runtime.local_directory to a larger disk, or lower "
+            "shard.image_size"
+        )
+    return [
+        Figure(
+            name="shards, shared",
+            value=shards,
+            text=memory(shards),
+            formula=f"N ({encoded:g} x 3HW + {TAR_OVERHEAD}), N {sizes.images:,}",
+        ),
+        Figure(
+            name="store, each node",
+            value=store,
+            text=memory(store),
+            formula="N x 3HW: a node that pretrains reads all; one that distils its classes alone",
+            problem=problem,
+        ),
+        Figure(
+            name="checkpoint, shared",
+            value=checkpoint,
+            text=f"{memory(checkpoint)}, {kept} of them kept",
+            formula=f"4 bytes x {copies} (images, optimiser) x C x IPC x 3HW",
+        ),
+    ]
+
+
+def memory_figures(
+    config: "RunConfig", sizes: Sizes, groups: Sequence[Group], gpu: Gpu
+) -> list[Figure]:
+    """Of a worker's GPU, and of its process beside the pages of the store."""
+    snapshots = 2
+    if config.distill.extractor != "blend":
+        snapshots = len(config.pretrain.snapshot_epochs)
+    pool = 4 * config.pretrain.networks * snapshots * sizes.weights
+    classes = max(len(group.classes) for group in groups)
+    live = TIMES["live"][config.distill.optimizer]
+    images = 4 * live * classes * config.ipc * _image_bytes(config)
+    chunk = max(CHUNK_PIXELS["cuda"], config.shard.image_size**2)
+    activations = round((BLOCK_CHUNKS + 1) * chunk * ACTIVATION_BYTES * config.model.width / 128)
+    total = pool + images + activations
+    problem = ""
+    if total > gpu.memory:
+        problem = (
+            f"a GPU has {gpu.memory / 1e9:g} GB: more plan.nodes give a worker fewer classes; or "
+            "fewer pretrain.networks, or a larger pretrain.snapshot_every"
+        )
+    host = pool + 4 * TIMES["optimizer"][config.distill.optimizer] * (images // (4 * live))
+    return [
+        Figure(
+            name="GPU memory, a worker",
+            value=total,
+            text=memory(total),
+            formula=f"pool 4 P S weights = {memory(pool)}; {classes} classes x IPC x 3HW x 4 x "
+            f"{live} = {memory(images)}; activations about {memory(activations)}",
+            problem=problem,
+        ),
+        Figure(
+            name="memory, a worker",
+            value=host,
+            text=f"{memory(host)} beyond PyTorch and Ray's own 1 GiB",
+            formula="the pool while it is read, and a checkpoint's copy of the classes' state",
+        ),
+    ]
+
+
+def network_figure(config: "RunConfig", sizes: Sizes, groups: Sequence[Group]) -> Figure:
+    """Bytes of a step."""
+    wide = 8 if config.distill.precision == "float64" else 4
+    sent = predicted_bytes(groups, config.frequencies, dim=sizes.features, number_bytes=wide)
+    return Figure(
+        name="network, a step",
+        value=sent,
+        text=f"{sent:,} bytes, all workers together",
+        formula="2 x (2K + 1) numbers of each class and further worker that share it, and psi's "
+        "gradient: see cluster/README.md",
+    )
+
+
+def time_figures(
+    config: "RunConfig", sizes: Sizes, passes: float, workers: int, gpu: Gpu
+) -> list[Figure]:
+    """Seconds of a step, and of the stages that take long; expectations, from the paper's A100."""
+    speed = STEP_PASSES * STEP_FLOPS / STEP_S * gpu.bandwidth / GPUS["a100"].bandwidth  # FLOP/s
+    passed = sizes.pass_flops / speed  # seconds of a pass
+    train = TRAINING_PASSES * passed * sum(sizes.counts)
+    step = passes * passed
+    networks, epochs = config.pretrain.networks, config.pretrain.training.epochs
+    rounds = math.ceil(networks / workers)
+    decoded = len(sizes.counts) * config.ipc * config.synthetic.factor**2
+    evaluated = TRAINING_PASSES * passed * decoded * config.evaluate.training.epochs
+    whole = train * config.evaluate.whole_epochs * ("whole" in config.evaluate.sets)
+    runs = math.ceil(config.evaluate.repeats / workers)
+    times = {
+        "step": (step, f"{passes:,.0f} passes of the busiest worker x FLOP / bandwidth-bound rate"),
+        "pretraining": (rounds * epochs * train, f"{epochs} epochs x {rounds} networks in turn"),
+        "distillation": (config.distill.num_steps * step, f"{config.distill.num_steps:,} steps"),
+        "evaluation": (
+            runs * (evaluated * len(config.evaluate.sets) + whole),
+            f"{config.evaluate.training.epochs} epochs of {decoded:,} images a set, and `whole`",
+        ),
+    }
+    return [
+        Figure(name=name, value=value, text=f"about {duration(value)}", formula=formula)
+        for name, (value, formula) in times.items()
+    ]
+
+
+def cluster_lines(figures: Sequence[Figure]) -> str:
+    """The figures as lines of text: what, how much, how computed; then what does not fit."""
+    width = max(len(figure.name) for figure in figures)
+    wide = max(len(figure.text) for figure in figures)
+    lines = [f"[plan] {f.name.ljust(width)}  {f.text.ljust(wide)}  {f.formula}" for f in figures]
+    problems = [f"[plan] {f.name} does not fit: {f.problem}" for f in figures if f.problem]
+    return "\n".join([*lines, *(problems or ["[plan] all of it fits"])])
