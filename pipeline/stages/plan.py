@@ -37,15 +37,15 @@ class PlanConfig:
     """Estimate of a run's resources."""
 
     nodes: int | None = None
-    """Compute for a cluster of so many nodes, from formulas, instead of measuring this machine."""
+    """Estimate by formulas for a cluster of this many nodes, instead of measuring this machine."""
     gpus_per_node: int = 8
-    """Of such a node."""
+    """With `nodes`: GPUs per node."""
     disk_gib_per_node: float | None = None
-    """Room for the store on such a node; None: it is not checked."""
+    """With `nodes`: disk for the store per node, GiB; None: not checked."""
     classes: int | None = None
-    """With `nodes`: classes of a data set that is not at hand."""
+    """With `nodes`: number of classes, for a data set that is not available."""
     images: int | None = None
-    """With `nodes`: its images."""
+    """With `nodes`: number of images of that data set."""
     gpu: str | None = None
     """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table, not probing
     this machine."""
@@ -63,7 +63,7 @@ class PlanConfig:
                 raise ValueError(f"plan.{name} must be at least 1, got {value}")
         if (self.classes is None) != (self.images is None):
             raise ValueError(
-                f"plan.classes and plan.images belong together, got {self.classes}, {self.images}"
+                f"plan.classes and plan.images go together, got {self.classes}, {self.images}"
             )
 
 
@@ -86,7 +86,7 @@ class Plan(Action):
             log(cluster_lines(cluster_figures(self.config, self._sizes())))
 
     def _sizes(self) -> Sizes:
-        """Those of the data that are named, or else of the source."""
+        """Sizes from plan.classes and plan.images, or else from the source."""
         plan = self.config.plan
         if plan.classes is not None and plan.images is not None:
             each = plan.images // plan.classes
@@ -195,7 +195,7 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
 
 
 def train_counts(source: Source) -> list[int]:
-    """Train images of each class."""
+    """Number of training images of each class."""
     counts = [0] * len(source.class_names)
     for sample in source.samples("train"):
         counts[sample.label] += 1

@@ -46,7 +46,7 @@ class Shard(Stage):
         return self.config.cache("shard", shard_identity(self.run.source, self.config.shard))
 
     def check(self) -> None:
-        """See Action; also that the store of decoded images will have room on this machine."""
+        """See Action; also checks the disk space for decoded images on this machine."""
         super().check()
         if joins() or (self.directory / "manifest.json").exists():
             return
