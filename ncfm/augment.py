@@ -1,8 +1,8 @@
 """Differentiable Siamese augmentation (Zhao and Bilen, DSA, ICML 2021), and CutMix for evaluation.
 
-Siamese: the real and the synthetic images of a class get the same draw. A draw is made for a GROUP
-of images, and images of many groups are augmented as one batch. Draws are made on the CPU, by the
-caller's generators alone: which image needs which operation is known without asking the device.
+Siamese: the real and the synthetic images of a class get the same draw. A draw is for a GROUP of
+images; images of many groups are augmented as one batch. Draws are made on the CPU by the caller's
+generators, so selecting the operations of each image needs no device synchronisation.
 """
 
 import math
@@ -19,16 +19,16 @@ QUANTILES = (
     "choice", "brightness", "saturation", "contrast", "crop_y", "crop_x", "cutout_y", "cutout_x",
     "flip", "scale_x", "scale_y", "rotate",
 )  # fmt: skip
-"""Columns of a draw. Their order is part of what a seed means: append, never reorder."""
+"""Columns of a draw. Seeded results depend on their order: append, never reorder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Operations and their strengths; the defaults are DSA's published ones.
 
-    The released NCFM code does not use DSA's mode S. As IDC's, it distils with
-    strategy="color_crop_cutout", single=False, and evaluates, beside CutMix and with a draw for
-    each image, with strategy="flip_color_crop_scale_rotate", always="flip_color".
+    The released NCFM code does not use DSA's mode S. Like IDC's, it distils with
+    strategy="color_crop_cutout", single=False, and evaluates, with CutMix and one draw per image,
+    with strategy="flip_color_crop_scale_rotate", always="flip_color".
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -36,22 +36,22 @@ class AugmentConfig:
     single: bool = True
     """True: a draw applies one of the operations (DSA's mode S). False: all of them."""
     always: str = "none"
-    """With single: operations of the strategy that every draw applies beside the chosen one."""
+    """With single: operations of the strategy that every draw applies besides the chosen one."""
     brightness: float = 1.0
-    """A number uniform within +-brightness / 2 is added to the normalised image."""
+    """Adds a uniform number within +-brightness / 2 to the normalised image."""
     saturation: float = 2.0
-    """Distances of channels from their mean: times a number uniform in [0, saturation]."""
+    """Scales the deviations from the channel mean by a uniform number in [0, saturation]."""
     contrast: float = 0.5
-    """Distances from the image's mean: times a number uniform in [contrast, contrast + 1]."""
+    """Scales the deviations from the image mean by a uniform number in [contrast, contrast + 1]."""
     crop_ratio: float = 0.125
-    """Greatest translation along each axis, as a fraction of the image size."""
+    """Maximum translation along each axis, as a fraction of the image size."""
     cutout_ratio: float = 0.5
     """Side of the square that is set to 0 (the mean colour), as a fraction of the image size."""
     flip_probability: float = 0.5
     scale_ratio: float = 1.2
     """Each axis is shrunk by its own factor, uniform in [1 / scale_ratio, scale_ratio]."""
     rotate_degrees: float = 15.0
-    """Greatest angle in either direction."""
+    """Maximum angle in either direction."""
 
     def __post_init__(self) -> None:
         for name in ("strategy", "always"):
@@ -72,8 +72,8 @@ class AugmentConfig:
 class AugmentParams:
     """Draws of G groups: quantiles (G, len(QUANTILES)), uniform in [0, 1), float64, on the CPU.
 
-    What a quantile means is settled when it is applied: one draw serves any image size, and to
-    change one strength of the configuration leaves the other draws as they were.
+    Quantiles are mapped to parameters when they are applied: a draw fits any image size, and
+    changing one strength leaves the other parameters unchanged.
     """
 
     quantiles: Tensor
@@ -92,13 +92,13 @@ class Augment:
         self.pipelines: list[tuple[str, ...]] = [
             tuple(op for op in operations if op == chosen or op in always) for chosen in candidates
         ] or [operations]
-        """A draw chooses one of these sequences of operations, all equally likely."""
+        """A draw chooses one of these sequences of operations, with equal probability."""
 
     def draw(self, generators: Sequence[torch.Generator], per_generator: int = 1) -> AugmentParams:
         """Draw for len(generators) * per_generator groups, in that order, from CPU generators.
 
-        A group's draw depends on its own generator only. A generator for each class and one group
-        each is Siamese; one generator and a group for each image is ordinary training.
+        A group's draw depends only on its own generator. Siamese augmentation: one generator per
+        class, one group each. Ordinary training: one generator, one group per image.
         """
         shape = (per_generator, len(QUANTILES))
         rows = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
@@ -107,8 +107,8 @@ class Augment:
     def apply(self, images: Tensor, params: AugmentParams, group_index: Tensor) -> Tensor:
         """Augment normalised images (N, C, H, W), image i by the draw of group `group_index[i]`.
 
-        Differentiable with respect to the images. Keep `group_index` (N,), int64, on the CPU: on
-        another device it costs a synchronisation. Raises ValueError on shapes that do not fit.
+        Differentiable with respect to the images. Keep `group_index` (N,), int64, on the CPU; on
+        another device it causes a synchronisation. Raises ValueError on mismatched shapes.
         """
         if images.ndim != 4 or group_index.shape != images.shape[:1]:
             raise ValueError(
@@ -117,11 +117,11 @@ class Augment:
             )
         if self.pipelines == [()] or images.numel() == 0:
             return images
-        params = AugmentParams(params.quantiles[group_index.cpu()])  # from here on one row an image
+        params = AugmentParams(params.quantiles[group_index.cpu()])  # now one row per image
         pipeline = (params["choice"] * len(self.pipelines)).long()
         if (pipeline == pipeline[0]).all():
             return self._run(self.pipelines[int(pipeline[0])], images, params)
-        # Every operation runs only on the images whose draw chose it: sort them, and sort back.
+        # Run each pipeline only on the images that drew it: sort by pipeline, then restore order.
         order = pipeline.argsort(stable=True)
         counts = pipeline.bincount(minlength=len(self.pipelines)).tolist()
         parts = zip(
@@ -160,16 +160,16 @@ def cutmix(
     other = to_device(torch.randperm(len(images), generator=generator), images.device)
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images[other, :, top:bottom, left:right]
-    # What is left of the box inside the image.
+    # Area of the box inside the image.
     area = (bottom - top) * (right - left) / (height * width)
     return mixed, labels_onehot * (1 - area) + labels_onehot[other] * area
 
 
-# Operations. `params` has one row for each image; there is at least one image.
+# Operations. `params` has one row per image; there is at least one image.
 
 
 def _color(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Tensor:
-    """Brightness, then saturation, then contrast: all affine in the image, so composed to one pass.
+    """Brightness, then saturation, then contrast, composed into one affine map of the image.
 
     With m the mean over channels and M that over all: x + b, then m + b + s (x - m), whose mean is
     M + b, then M + b + k (m - M + s (x - m)).
@@ -196,11 +196,11 @@ def _crop(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Tenso
 
 
 def _cutout(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Tensor:
-    """Set a square to 0. Its centre is anywhere in the image, so it may reach over the border."""
+    """Set a square to 0. Its centre is anywhere in the image, so it may extend over the border."""
 
     def inside(size: int, quantile: Tensor) -> Tensor:
         side = _round(size * config.cutout_ratio)
-        # A square of even side has its centre between pixels, which makes one place more.
+        # The centre of a square of even side lies between pixels: one more position.
         start = (quantile * (size + 1 - side % 2)).long() - side // 2
         offset = torch.arange(size, device=images.device) - to_device(start, images.device)[:, None]
         return (offset >= 0) & (offset < side)
@@ -236,7 +236,7 @@ def _rotate(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Ten
 
 def _warp(images: Tensor, matrix: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """Resample bilinearly at matrix (x, y), entries (N,), coordinates in [-1, 1]; 0 outside."""
-    # Written out: as a matrix product, in TF32, the grid would be off by hundredths of a pixel.
+    # Not a matrix product: in TF32 the grid would be off by hundredths of a pixel.
     y, x = (
         (torch.arange(n, device=images.device, dtype=images.dtype) * 2 + (1 - n)) / n
         for n in images.shape[-2:]
@@ -258,7 +258,7 @@ _OPERATIONS: dict[str, Callable[[Tensor, AugmentParams, AugmentConfig], Tensor]]
 
 
 def _parse(field: str, names: str) -> tuple[str, ...]:
-    """The operations of a strategy's name."""
+    """Parse a strategy into its operations."""
     operations = () if names == "none" else tuple(names.split("_"))
     if unknown := [op for op in operations if op not in _OPERATIONS]:
         raise ValueError(

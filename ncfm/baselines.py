@@ -1,4 +1,4 @@
-"""Baselines: sets chosen from the real images, at random and by herding."""
+"""Baselines: subsets of the real images, random and by herding."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,9 @@ from ncfm.synthetic import SyntheticConfig, initial_images
 
 
 def random_set(real: Tensor, ipc: int, *, seed: int, class_index: int, factor: int = 1) -> Tensor:
-    """ipc stored images of one class drawn from its real images (N, C, H, W); (ipc, C, H, W) in [0,
-    1].
+    """Random baseline of one class: (ipc, C, H, W) in [0, 1] from its real images (N, C, H, W).
 
-    With a factor above 1 every stored image packs factor^2 real images, as the synthetic set does.
+    With a factor above 1, every stored image packs factor^2 real images, like the synthetic set.
     """
     config = SyntheticConfig(factor=factor, init="mix")
     generator = keyed_generator(seed, "random_set", class_index)
@@ -22,8 +21,8 @@ def random_set(real: Tensor, ipc: int, *, seed: int, class_index: int, factor: i
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """Indices (count,) of the samples whose running mean stays closest to the mean of features (N,
-    D) (Welling 2009).
+    """Herding (Welling 2009): indices (count,) of the samples whose running mean stays closest to
+    the mean of features (N, D).
     """
     if not 1 <= count <= len(features):
         raise ValueError(f"herding needs 1 to {len(features)} samples, got {count}")
@@ -49,20 +48,20 @@ def herding_set(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
-    """The images of one class that herding chooses by an extractor's features, (ipc, C, H, W)
-    float32 in [0, 1], best first; a class with fewer images repeats them.
+    """Herding baseline of one class on an extractor's features: (ipc, C, H, W) float32 in [0, 1],
+    best first; a class with fewer images repeats them.
 
-    The class is walked through twice, in its fixed order: features are kept, images are not.
+    Iterates over the class twice, in fixed order: features are kept in memory, images are not.
     """
     extractor.to(device).eval()
-    walks = (images.epoch(batch_size, None) for _ in range(2))
+    passes = (images.epoch(batch_size, None) for _ in range(2))
     features = torch.cat(
-        [extractor.features(spec.normalize(to_unit(part.to(device)))) for part, _ in next(walks)]
+        [extractor.features(spec.normalize(to_unit(part.to(device)))) for part, _ in next(passes)]
     )
     chosen = herding(features, min(ipc, len(features)))
     order, start = {int(index): rank for rank, index in enumerate(chosen)}, 0
     images_by_rank: dict[int, Tensor] = {}
-    for part, _ in next(walks):
+    for part, _ in next(passes):
         for index in range(start, start + len(part)):
             if index in order:
                 images_by_rank[order[index]] = to_unit(part[index - start].cpu())

@@ -1,8 +1,8 @@
 """Curation: soft labels for a finished synthetic set, from networks trained on the real images.
 
-The paper's table 1 has numbers with curation, its table 5 without. Soft labels carry knowledge of
-the real images that the synthetic images do not hold, and storage that images per class do not
-count: results with and without belong into rows of their own.
+The paper's table 1 is with curation, its table 5 without. Soft labels add information about the
+real images, and storage, beyond the images per class: report results with and without them in
+separate rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,23 +18,22 @@ from ncfm.synthetic import SyntheticSet
 
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
-    """How soft labels are made, and how a network learns from them."""
+    """Computation of soft labels, and training on them."""
 
     soft_labels: bool = False
-    """Whether a set with soft labels is made and evaluated, beside the one without."""
+    """Also build and evaluate a set with soft labels."""
     networks: int = 20
-    """Teachers: so many networks of the pool, or all if there are fewer (released code: 1)."""
+    """Teachers: this many networks of the pool, or all if there are fewer (released code: 1)."""
     temperature: float = 1.0
-    """The teachers' logits are divided by it before the softmax (released code: 1)."""
+    """Divides the teachers' logits before the softmax (released code: 1)."""
     keep_class: bool = True
-    """An image that the teachers predict as another class keeps its hard label (released code)."""
+    """Keep the hard label of images that the teachers predict as another class (released code)."""
     per_view: bool = False
-    """Also evaluate with labels that the teachers give to every augmented view anew, in rows of
-    their own. What is stored for it is the teachers, or a label of each view: `view_label_bytes`.
-    """
+    """Also evaluate, in separate rows, with teacher labels for every augmented view. This requires
+    storing the teachers, or a label per view: `view_label_bytes`."""
     hard_fraction: float = 0.05
-    """Fine-tuning: the last part of the epochs learns from the hard labels (released code: the last
-    100 of 2000 epochs)."""
+    """Fraction of final epochs that fine-tune on hard labels (released code: the last 100 of 2000
+    epochs)."""
 
     def __post_init__(self) -> None:
         if self.networks < 1:
@@ -46,10 +45,10 @@ class CurateConfig:
 
 
 class ViewLabels:
-    """Soft labels of augmented views: the teachers' mean softmax on what the network sees.
+    """Soft labels of augmented views: the teachers' mean softmax on each view.
 
     Args:
-        teachers: networks in memory, each a module of its own. Raises ValueError without any.
+        teachers: separate modules, all kept in memory. Raises ValueError if empty.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class ViewLabels:
 
     @torch.no_grad()
     def __call__(self, views: Tensor, labels: Tensor) -> Tensor:
-        """Normalised views (N, C, H, W) and their labels (N, classes), mixed ones too, to soft
+        """Map normalised views (N, C, H, W) and their labels (N, classes), possibly mixed, to soft
         labels (N, classes).
         """
         logits = torch.stack([teacher(views).double() for teacher in self.teachers])
@@ -79,7 +78,7 @@ class ViewLabels:
 
 
 def view_label_bytes(*, epochs: int, images: int, classes: int) -> int:
-    """What it takes to store a label of every view in float16: images of every epoch."""
+    """Storage in bytes of a float16 soft label per view, i.e. per image and epoch."""
     return 2 * epochs * images * classes
 
 
@@ -92,10 +91,9 @@ def soft_labels(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
-    """The teachers' mean softmax on the decoded images, (N * factor^2, classes) float32, rows sum
-    to 1.
+    """Mean teacher softmax on the decoded images, (N * factor^2, classes) float32; rows sum to 1.
 
-    One teacher is on the device at a time, and may be the same module with other weights. Raises
+    One teacher is used at a time, so they may be one module with changing weights. Raises
     ValueError if there is none.
     """
     images = synthetic.source(device=device)
@@ -126,5 +124,5 @@ def curate(
     *,
     device: torch.device | str = "cpu",
 ) -> SyntheticSet:
-    """The same images with soft labels beside the hard ones."""
+    """Add soft labels to a synthetic set."""
     return replace(synthetic, soft_labels=soft_labels(synthetic, teachers, config, device=device))

@@ -1,7 +1,7 @@
-"""How faithful a set of images is to another, without training on it: measures on features.
+"""Fidelity measures between image sets, on features, without training on them.
 
-N, M samples; D features; K frequencies; C classes. What is summed over a large real set is additive
-(`Moments`, `discrepancy.CFSums`); the measures of neighbours take two sets that fit in memory.
+N, M samples; D features; K frequencies; C classes. Statistics of a large real set are additive
+(`Moments`, `discrepancy.CFSums`); neighbour measures take two sets that fit in memory.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from ncfm.discrepancy import CF, amplitude_part, ncfd, phase_part
 
-CHUNK = 2048  # rows whose distances are held at a time
+CHUNK = 2048  # rows of the distance matrix in memory at a time
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, of all pairs of samples (N, D) and (M, D): (N, M). Exactly 0 for copies, which
-    they are not where they come from matrix products.
+    """Euclidean distances (N, M) of samples (N, D) and (M, D). Exactly 0 for copies, unlike
+    distances computed by matrix products.
     """
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class Moments(NamedTuple):
-    """Sums of samples and of their products, float64. They add."""
+    """Sums of samples and of their outer products, float64; additive over sets."""
 
     size: int  # samples
     total: Tensor  # (D,)
@@ -30,31 +30,31 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
-        """Of samples x (N, D)."""
+        """Moments of samples x (N, D)."""
         x = x.double()
         return cls(len(x), x.sum(0), x.mT @ x)
 
     def plus(self, other: "Moments") -> "Moments":
-        """Of both sets together."""
+        """Moments of the union of both sets."""
         return Moments(
             self.size + other.size, self.total + other.total, self.products + other.products
         )
 
     def mean(self) -> Tensor:
-        """(D,)."""
+        """Mean (D,)."""
         return self.total / self.size
 
     def covariance(self) -> Tensor:
-        """(D, D), unbiased; zero for a single sample."""
+        """Covariance (D, D), unbiased; zero for a single sample."""
         mean = self.mean()
         centred = self.products - self.size * torch.outer(mean, mean)
         return centred / max(self.size - 1, 1)
 
 
 def frechet_distance(x: Moments, y: Moments) -> float:
-    """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)): the squared Wasserstein distance of two
-    Gaussians with these moments (Heusel et al., FID, 2017). Biased upwards for small sets: compare
-    sets of one size alone.
+    """Fréchet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)): the squared Wasserstein
+    distance of two Gaussians with these moments (Heusel et al., FID, 2017). Biased upwards for
+    small sets: compare only sets of equal size.
     """
     cov_x, cov_y = x.covariance(), y.covariance()
     root = _symmetric_root(cov_x)
@@ -79,34 +79,34 @@ class CFDistance(NamedTuple):
 
 
 def cf_distance(x: CF, y: CF) -> CFDistance:
-    """Of two CFs (K,) at the same frequencies."""
+    """NCFD and its parts, of two CFs (K,) at the same frequencies."""
     return CFDistance(
         float(ncfd(x, y)), float(amplitude_part(x, y).mean()), float(phase_part(x, y).mean())
     )
 
 
 class Neighbourhood(NamedTuple):
-    """How two sets of features lie in each other; each in [0, 1] but density."""
+    """Precision, recall, density and coverage; each in [0, 1] except density."""
 
     precision: float  # share of fakes within the manifold of the reals (Kynkaanniemi et al., 2019)
     recall: float  # share of reals within the manifold of the fakes
-    density: float  # reals' balls that hold a fake, over k (Naeem et al., 2020): 1 if alike
-    coverage: float  # share of reals' balls that hold some fake
+    density: float  # mean number of reals' balls around a fake, over k (Naeem et al., 2020)
+    coverage: float  # share of reals' balls that contain a fake
 
 
 def neighbourhood(real: Tensor, fake: Tensor, k: int = 5) -> Neighbourhood:
-    """Of reals (N, D) and fakes (M, D); a ball reaches to a sample's k-th neighbour in its own set,
-    or to the last if there are fewer.
+    """Neighbour measures of reals (N, D) and fakes (M, D). A sample's ball reaches to its k-th
+    neighbour in its own set, or to the last if there are fewer.
 
-    Density alone can mislead: fakes that all lie in the densest place of the reals exceed 1, and to
-    an extractor that hardly tells images apart even noise may. Read it beside coverage.
+    Density (1 for identical distributions) alone can mislead: it exceeds 1 if all fakes lie in the
+    densest region of the reals, and for a weak extractor even for noise. Read it with coverage.
 
     Raises ValueError if a set has fewer than two samples.
     """
     if min(len(real), len(fake)) < 2:
         raise ValueError(f"need two samples of each set, got {len(real)} and {len(fake)}")
     real_radius, fake_radius = kth_distances(real, k), kth_distances(fake, k)
-    in_real = torch.zeros(len(fake), dtype=torch.long)  # reals' balls that hold each fake
+    in_real = torch.zeros(len(fake), dtype=torch.long)  # reals' balls that contain each fake
     in_fake = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
     for start in range(0, len(real), CHUNK):
@@ -126,21 +126,21 @@ def neighbourhood(real: Tensor, fake: Tensor, k: int = 5) -> Neighbourhood:
 
 
 def kth_distances(x: Tensor, k: int) -> Tensor:
-    """Distance of every sample (N, D) to its k-th nearest other, (N,); to the last if N <= k."""
+    """Distance (N,) of each sample (N, D) to its k-th nearest neighbour; to the last if N <= k."""
     k = min(k, len(x) - 1)
     rows = [
-        _distances(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values  # itself is first
+        _distances(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values  # the first is itself
         for start in range(0, len(x), CHUNK)
     ]
     return torch.cat(rows)
 
 
 def intrinsic_dimension(x: Tensor) -> float:
-    """Of the manifold near which samples x (N, D) lie: TwoNN's maximum likelihood estimate
-    N / sum log(r_2 / r_1), r the distances to the two nearest others (Facco et al., 2017).
+    """Intrinsic dimension of samples x (N, D), by TwoNN's maximum likelihood estimate
+    N / sum log(r_2 / r_1), r the distances to the two nearest neighbours (Facco et al., 2017).
 
-    Copies of a sample count once, for the estimate holds for distinct points; nan if fewer than
-    three remain, or if all of them are equally far apart.
+    Duplicates count once, since the estimate assumes distinct points; nan if fewer than three
+    remain, or if all are equally far apart.
     """
     distinct = x.double().unique(dim=0)
     if len(distinct) < 3:
@@ -150,8 +150,9 @@ def intrinsic_dimension(x: Tensor) -> float:
 
 
 def label_sharpness(x: Tensor, labels: Tensor) -> float:
-    """max |[y_i != y_j]| / |x_i - x_j|: how near to each other images of different classes come
-    (Konz and Mazurowski, 2024, there on random pairs, here on all). Samples (N, D), labels (N,).
+    """Label sharpness max |[y_i != y_j]| / |x_i - x_j|, the inverse distance of the closest samples
+    of different classes (Konz and Mazurowski, 2024, on random pairs; here on all). Samples (N, D),
+    labels (N,).
 
     nan for a single class, inf if two classes share an image.
     """
@@ -168,13 +169,13 @@ def label_sharpness(x: Tensor, labels: Tensor) -> float:
 
 
 class Nearest(NamedTuple):
-    """The nearest of many samples to each of some, over chunks: take the less of two."""
+    """Nearest neighbours of M samples; results of chunks are merged by `less`."""
 
     distance: Tensor  # (M,)
-    place: Tensor  # (M,) int64: among the many
+    place: Tensor  # (M,) int64: index of the neighbour
 
     def less(self, other: "Nearest") -> "Nearest":
-        """The nearer of each two; of equally near ones the first."""
+        """Elementwise the nearer neighbour; on ties the first."""
         better = (other.distance < self.distance) | (
             (other.distance == self.distance) & (other.place < self.place)
         )
@@ -185,6 +186,6 @@ class Nearest(NamedTuple):
 
 
 def nearest(x: Tensor, many: Tensor, first_place: int = 0) -> Nearest:
-    """For samples x (M, D) the nearest of `many` (N, D), whose places begin with first_place."""
+    """Nearest neighbours of samples x (M, D) in `many` (N, D), indexed from first_place."""
     distance, index = _distances(x, many).min(1)
     return Nearest(distance, index + first_place)

@@ -1,8 +1,8 @@
 """Multi-formation: a stored image holds factor x factor smaller ones (Kim et al., IDC, 2022).
 
-What dataset distillation counts is stored pixels: several images at a reduced resolution often
-carry more than one at full size. NCFM uses factor 2. `decode` is differentiable, so that the
-optimiser moves the stored pixels.
+The budget of dataset distillation is stored pixels, and several images at reduced resolution often
+carry more information than one at full size. NCFM uses factor 2. `decode` is differentiable, so
+that the stored pixels can be optimised.
 """
 
 import torch
@@ -15,9 +15,9 @@ from ncfm.images import to_device
 def decode(images: Tensor, factor: int) -> Tensor:
     """Cut every stored image into factor x factor tiles, each upsampled bilinearly to full size.
 
-    (N, C, H, W) -> (N * factor**2, C, H, W), image-major: the tiles of an image are neighbours, in
-    row-major order, so that labels become `labels.repeat_interleave(factor**2)`. Where factor does
-    not divide the size, the first tiles are one pixel larger (as torch.tensor_split): every stored
+    (N, C, H, W) -> (N * factor**2, C, H, W), image-major: the tiles of an image are adjacent, in
+    row-major order, so that labels become `labels.repeat_interleave(factor**2)`. If factor does not
+    divide the size, the first tiles are one pixel larger (as in torch.tensor_split): every stored
     pixel belongs to exactly one tile.
 
     Raises ValueError if factor is less than 1 or greater than the height or width.
@@ -35,7 +35,7 @@ def decode(images: Tensor, factor: int) -> Tensor:
 
 
 def decode_tiles(images: Tensor, factor: int, index: Tensor) -> Tensor:
-    """`decode(images, factor)[index]`, decoding these tiles alone; index (M,) is on the CPU."""
+    """`decode(images, factor)[index]`, decoding only these tiles; index (M,) is on the CPU."""
     if factor == 1:
         return images[to_device(index, images.device)]
     stored, tile = index // factor**2, index % factor**2
@@ -57,10 +57,10 @@ def decode_tiles(images: Tensor, factor: int, index: Tensor) -> Tensor:
 
 
 def encode(images: Tensor, factor: int) -> Tensor:
-    """Shrink every factor**2 images into the tiles of one stored image; used to initialise.
+    """Shrink every factor**2 images into the tiles of one stored image, for initialisation.
 
-    (N * factor**2, C, H, W) -> (N, C, H, W), in the order of `decode`. Antialiased: a tile is what
-    its image looks like from afar, and decode(encode(x)) is x without its fine detail.
+    (N * factor**2, C, H, W) -> (N, C, H, W), in the order of `decode`. Antialiased:
+    decode(encode(x)) is x without its fine detail.
 
     Raises ValueError if factor is less than 1 or greater than the height or width, or if the number
     of images is not a multiple of factor**2.
@@ -84,7 +84,7 @@ def encode(images: Tensor, factor: int) -> Tensor:
 
 
 def _tile_sizes(size: int, factor: int) -> list[int]:
-    """Lengths of the parts into which torch.tensor_split cuts `size` pixels."""
+    """Lengths of the parts of torch.tensor_split of `size` pixels."""
     return [len(part) for part in torch.arange(size).tensor_split(factor)]
 
 

@@ -1,4 +1,4 @@
-"""Image shape and normalisation, image sources, and sources in memory."""
+"""Image shape and normalisation, and the interface of image sources."""
 
 import functools
 from collections.abc import Iterator
@@ -46,9 +46,7 @@ def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device. A copy from the CPU to a GPU goes through page-locked memory, so that
-    nothing waits for it.
-    """
+    """Move a tensor to a device; from CPU to GPU asynchronously, through page-locked memory."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -60,12 +58,12 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def epoch_order(count: int, generator: torch.Generator | None) -> Tensor:
-    """Places of `count` images in an epoch: a permutation, or as they are without a generator."""
+    """Order of `count` images in an epoch: a permutation, or the identity without a generator."""
     return torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
 
 
 class ImageSource(Protocol):
-    """Labelled images that can be walked through in epochs, whether they fit in memory or not."""
+    """Labelled images that are iterated in epochs, in memory or not."""
 
     def __len__(self) -> int: ...
 
@@ -75,8 +73,7 @@ class ImageSource(Protocol):
         """Batches (images (N, C, H, W) uint8 or float in [0, 1], labels (N,) int64 or (N, classes)
         float).
 
-        Every image comes exactly once an epoch; in a random order if a generator is given, else in
-        a fixed one.
+        Every image occurs exactly once, in random order with a generator, else in a fixed order.
         """
         ...
 
@@ -107,7 +104,7 @@ class InMemoryImages:
 class Relabelled:
     """An ImageSource of some classes of another: label classes[i] becomes i.
 
-    The source must hold images of these classes alone. A soft label (all classes,) becomes the
+    The source must contain only images of these classes. A soft label (all classes,) becomes the
     distribution over these classes, p(classes[i] | one of classes).
     """
 

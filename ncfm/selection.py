@@ -1,8 +1,8 @@
-"""Selection of real images: the easy ones of a class, and those that synthetic images start from.
+"""Selection of real images: the easy images of a class, and those for initialisation.
 
-An image is easy if trained networks give its class a high probability: its loss, the cross-entropy,
-is low. Hard images hurt where few images are stored (PAD); confident ones (RDED)
-and ones spread over the class (DREAM) are better starts than random ones.
+An image is easy if its cross-entropy under trained networks is low. Hard images hurt if few images
+are stored (PAD); confident images (RDED) and images spread over the class (DREAM) are better
+initialisations than random ones.
 """
 
 import copy
@@ -19,9 +19,9 @@ from ncfm.extractors import ExtractorPool
 from ncfm.images import ImageSpec, to_device, to_unit
 from ncfm.seeding import keyed_generator
 
-CHUNK = 256  # images in one pass
+CHUNK = 256  # images per forward pass
 K_MEANS_ROUNDS = 20
-NETWORKS = 4  # of the pool at most, whose mean loss says how hard an image is
+NETWORKS = 4  # maximum number of pool networks that the loss is averaged over
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def _passes(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and logits, float64, of chunks of images under a member's trained network.
 
-    Float64 from the features on, so that the choice does not depend on rounding.
+    Float64 from the features on, so that the selection does not depend on rounding.
     """
     model = pool.blend(member, 1.0)
     features = native(model) or model.features
@@ -45,8 +45,8 @@ def _passes(
 def image_losses(
     pool: ExtractorPool, images: Tensor, label: int, spec: ImageSpec, networks: int = NETWORKS
 ) -> Tensor:
-    """The cross-entropy of each image of a class, (N,), its mean over so many of the pool's trained
-    networks, or over all if there are fewer. `images` is (N, C, H, W), uint8 or in [0, 1].
+    """Cross-entropy (N,) of the images of a class, averaged over up to `networks` trained networks
+    of the pool. `images` is (N, C, H, W), uint8 or in [0, 1].
     """
     count = min(networks, len(pool))
     total = torch.zeros(len(images), dtype=torch.float64)
@@ -68,7 +68,7 @@ def class_features(pool: ExtractorPool, images: Tensor, spec: ImageSpec) -> Tens
 def easy_images(
     pool: ExtractorPool, images: Tensor, label: int, spec: ImageSpec, fraction: float
 ) -> Tensor:
-    """The indices, in rising order, of the easy images of a class, `fraction` of them."""
+    """Sorted indices of the easiest `fraction` of the images of a class."""
     losses = image_losses(pool, images, label, spec)
     return easiest(losses, easy_count(len(images), fraction)).sort().values
 
@@ -84,8 +84,8 @@ def first_images(
     count: int,
     seed: int,
 ) -> Tensor:
-    """The indices of the real images of a class, (N, C, H, W), that its synthetic images start
-    from: min(count, n) of the n `allowed` ones, as `SyntheticConfig.choose` says.
+    """Indices of the real images of a class, (N, C, H, W), that initialise its synthetic images:
+    min(count, n) of the n `allowed` ones, chosen by `how` (see `SyntheticConfig.choose`).
     """
     count = min(count, len(allowed))
     if how == "random":
@@ -99,18 +99,18 @@ def first_images(
 
 
 def easiest(losses: Tensor, count: int) -> Tensor:
-    """The indices of the lowest losses, lowest first; of equal ones the first."""
+    """Indices of the lowest losses, lowest first; ties in order."""
     return losses.argsort(stable=True)[:count]
 
 
 def easy_count(images: int, fraction: float) -> int:
-    """How many images of a class are easy: at least one, if it has any."""
+    """Number of easy images of a class: at least one, if it has any."""
     return math.ceil(fraction * images)
 
 
 def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The indices of samples x (N, D) nearest to the centres of k-means, `count` of them, each
-    another one. Raises ValueError if there are fewer samples.
+    """Indices of `count` distinct samples of x (N, D), each closest to a k-means centre. Raises
+    ValueError if there are fewer samples.
     """
     if count > len(x):
         raise ValueError(f"cannot choose {count} of {len(x)} samples")
@@ -128,7 +128,7 @@ def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _first_centres(x: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """k-means++: each with a probability proportional to the squared distance from those before."""
+    """k-means++ initialisation: sample in proportion to squared distances to chosen centres."""
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     nearest = (x - x[chosen[0]]).square().sum(1)
     while len(chosen) < count:

@@ -1,4 +1,4 @@
-"""The synthetic set: initial images, storage format, and use as a data set."""
+"""Synthetic set: initialisation, storage format, and use as a data set."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,33 +21,34 @@ REQUIRED = ("factor", "channels", "image_size", "mean", "std", "class_names", "s
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """How the synthetic images are stored and where they start."""
+    """Storage format and initialisation of the synthetic images."""
 
     factor: int = 2
     """Multi-formation: each stored image holds factor x factor tiles, each used as a full image."""
     init: Literal["mix", "random", "noise"] = "mix"
-    """`mix`: every tile is another real image. `random`: one real image. `noise`: uniform noise."""
+    """`mix`: a different real image in every tile. `random`: one real image. `noise`: uniform."""
     choose: Literal["random", "confident", "spread"] = "random"
-    """Real images to start from. `random`; `confident`: those of the lowest loss under the pool's
-    trained networks; `spread`: those nearest to the centres of k-means on features of the first."""
+    """Real images for initialisation. `random`; `confident`: lowest loss under the pool's trained
+    networks; `spread`: closest to the k-means centres of the first network's features."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ValueError(f"factor must be at least 1, got {self.factor}")
         if self.init == "noise" and self.choose != "random":
             raise ValueError(
-                f"choose is of real images, which init 'noise' has none of, got {self.choose!r}"
+                f"choose applies to real images, which init 'noise' does not use, "
+                f"got {self.choose!r}"
             )
 
     def real_images_needed(self, ipc: int) -> int:
-        """Real images of a class that the initialisation of ipc images takes."""
+        """Real images of a class needed to initialise ipc images."""
         return {"mix": ipc * self.factor**2, "random": ipc, "noise": 1}[self.init]
 
 
 def initial_images(
     real: Tensor, ipc: int, config: SyntheticConfig, generator: torch.Generator
 ) -> Tensor:
-    """The first synthetic images of one class, (ipc, C, H, W) float32 in [0, 1], from real images
+    """Initial synthetic images of one class, (ipc, C, H, W) float32 in [0, 1], from real images
     (N, C, H, W).
 
     A class with fewer real images than needed repeats them.
@@ -79,8 +80,8 @@ class DecodedDataset(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """An ImageSource of the decoded images of stored ones (N, C, H, W), which alone are kept; the
-    labels are those of the decoded ones.
+    """An ImageSource that decodes stored images (N, C, H, W) on the fly; one label per decoded
+    image.
     """
 
     stored: Tensor
@@ -100,7 +101,7 @@ class DecodedImages:
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """Images as stored, (N, C, H, W) float32 in [0, 1], labels (N,), and how to use them."""
+    """Stored images (N, C, H, W) float32 in [0, 1], labels (N,), and metadata."""
 
     images: Tensor
     labels: Tensor
@@ -133,7 +134,7 @@ class SyntheticSet:
         return decode(self.images, self.factor), self._labels(soft=False)
 
     def of_classes(self, classes: Iterable[int]) -> "SyntheticSet":
-        """The images of some classes; labels stay as they are."""
+        """The subset of some classes; labels are unchanged."""
         own = torch.isin(self.labels, torch.tensor(list(classes)))
         soft = self.soft_labels
         if soft is not None:
@@ -141,8 +142,8 @@ class SyntheticSet:
         return replace(self, images=self.images[own], labels=self.labels[own], soft_labels=soft)
 
     def source(self, *, soft: bool = False, device: torch.device | str = "cpu") -> ImageSource:
-        """The decoded images as an ImageSource that decodes a batch at a time, on that device;
-        `soft` as in `dataset`.
+        """An ImageSource of the decoded images, decoding one batch at a time on the device; `soft`
+        as in `dataset`.
         """
         return DecodedImages(self.images.to(device), self._labels(soft), self.factor)
 
@@ -150,23 +151,23 @@ class SyntheticSet:
         if not soft:
             return self.labels.repeat_interleave(self.factor**2)
         if self.soft_labels is None:
-            raise ValueError("this synthetic set has no soft labels; ncfm.curation makes them")
+            raise ValueError("this synthetic set has no soft labels; ncfm.curation adds them")
         return self.soft_labels
 
     def dataset(
         self, transform: Callable[[Tensor], Tensor] | None = None, *, soft: bool = False
     ) -> Dataset[tuple[Tensor, Tensor]]:
         """A torch Dataset of decoded images and labels; `transform` is applied to each image (C, H,
-        W) in [0, 1]. With `soft`, a label is a distribution (classes,), as cross_entropy takes it;
+        W) in [0, 1]. With `soft`, a label is a distribution (classes,), as for cross_entropy;
         ValueError if the set has none.
         """
         labels = self._labels(soft)
         return DecodedDataset(decode(self.images, self.factor), labels, transform)
 
     def save(self, directory: str | Path | UPath) -> None:
-        """Write synthetic.safetensors and, last, manifest.json; makes the directory.
+        """Write synthetic.safetensors and, last, manifest.json; creates the directory.
 
-        A manifest that is there is removed first: it is that of other data.
+        An existing manifest is removed first: it describes other data.
         """
         path = UPath(directory)
         path.mkdir(parents=True, exist_ok=True)
@@ -196,11 +197,10 @@ class SyntheticSet:
 
 
 def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
-    """Read what `SyntheticSet.save` wrote.
+    """Load a set written by `SyntheticSet.save`.
 
-    A local one is not read into memory: its images are a memory map of the file. Raises
-    FileNotFoundError if it is not there, ValueError if it is of another format or its bytes
-    have changed.
+    The images of a local set are a memory map of the file. Raises FileNotFoundError if there is no
+    set, ValueError if it has another format or its bytes have changed.
     """
     path = UPath(directory)
     if not (path / "manifest.json").exists():

@@ -1,6 +1,4 @@
-"""The command line: presets, options made from the stages' own dataclasses, and messages about
-them.
-"""
+"""Command line: presets, options generated from the configuration dataclasses, error messages."""
 
 import functools
 import json
@@ -36,15 +34,15 @@ class Command:
     toml: str  # the resolved configuration
 
     def changed(self, values: Mapping[str, object]) -> "Command":
-        """All stages on this configuration with some dotted options changed, checked as if they had
-        been given on the command line. Raises UsageError.
+        """A command with some dotted options changed and all stages, validated like options of the
+        command line. Raises UsageError.
         """
         namespace = self.check_types(values)
         parser = _plain_parser()
         return Command(STAGES, _build(parser, namespace), parser.dump(namespace, skip_none=True))
 
     def check_types(self, values: Mapping[str, object]) -> Namespace:
-        """As `changed`, but values that do not fit each other are not found."""
+        """As `changed`, but checks types only, not constraints between options."""
         tree = tomllib.loads(self.toml)
         for key, value in values.items():
             *groups, name = key.split(".")
@@ -57,7 +55,7 @@ class Command:
 
 
 def parse_command(argv: Sequence[str]) -> Command:
-    """The stages to run and the resolved configuration. Raises UsageError.
+    """Parse the stages to run and the resolved configuration. Raises UsageError.
 
     `--help` and `--print_config` print and exit.
     """
@@ -99,8 +97,8 @@ def _with_named(
     key: str,
     settings_of: Callable[[str, Namespace], dict[str, Any]],
 ) -> list[str]:
-    """What the evaluation protocol or the method sets that is named by an option: as defaults if
-    the preset names it, else as options before those of the command line.
+    """Apply the settings of the protocol or method named by option `key`: as defaults if the preset
+    names it, else as options before those of the command line.
     """
     flag, named = f"--{key}", None
     for option, value in zip(options, [*options[1:], ""], strict=False):
@@ -110,23 +108,23 @@ def _with_named(
     if chosen is None:
         return options
     try:
-        wanted = settings_of(chosen, given)
+        settings = settings_of(chosen, given)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if named is None:
-        parser.set_defaults(wanted)
+        parser.set_defaults(settings)
         return options
     first = 2 * options.count("--config")  # presets come first
     added = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in wanted.items()
+        for name, value in settings.items()
     ]
     return [*options[:first], *added, *options[first:]]
 
 
 @functools.cache
 def _plain_parser() -> ArgumentParser:
-    """A parser without a default preset, made once: it takes a second, and a search needs many."""
+    """A cached parser without a default preset: building one takes 1 s, and a search needs many."""
     return _parser([])
 
 
@@ -152,7 +150,7 @@ def _parser(defaults: list[Path]) -> ArgumentParser:
 
 
 class _Parser(ArgumentParser):
-    """An ArgumentParser whose errors are exceptions, of one line."""
+    """ArgumentParser that raises UsageError with a one-line message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
@@ -161,7 +159,7 @@ class _Parser(ArgumentParser):
         if re.search(r"(?<![.\w])stream['\".]", line):
             line = (
                 "the options stream.* are gone: real images are read from a store on disk, which "
-                "needs no budget of memory; remove them (runtime.local_directory says where it is)"
+                "needs no memory budget; remove them (runtime.local_directory sets its place)"
             )
         if "legacy_every" in line:
             line = "the option evaluate.legacy_every is now evaluate.best_on_test_every"
@@ -184,8 +182,8 @@ def _build(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
 
 
 def _presets_first(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The presets named on the command line, and the options with these first, wherever they stood:
-    later presets override earlier ones, and options override all of them.
+    """The named presets, and the options with these moved to the front: later presets override
+    earlier ones, and options override all presets.
     """
     presets, others = list[str](), list[str]()
     words = iter(argv)
@@ -203,16 +201,16 @@ def _presets_first(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _check_preset(preset: str) -> None:
     try:
-        found = UPath(preset).is_file()
-    except Exception as error:  # of whatever kind the library of an object store has for it
+        exists = UPath(preset).is_file()
+    except Exception as error:  # object store libraries raise errors of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"cannot read --config {preset}: {reason}") from error
-    if not found:
+    if not exists:
         known = ", ".join(sorted(path.name for path in PRESETS.glob("*.toml")))
         raise UsageError(f"--config needs a preset file, got {preset!r}; in {PRESETS} are {known}")
 
 
 def exit_with_usage_error(error: Exception) -> NoReturn:
-    """End with status 2 and one line."""
+    """Print a one-line error and exit with status 2."""
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     sys.exit(2)

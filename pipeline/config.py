@@ -1,4 +1,4 @@
-"""The configuration of a run: the stages' own dataclasses, composed."""
+"""Configuration of a run, composed of the stages' own dataclasses."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -30,30 +30,28 @@ from pipeline.stages.tuning.search_space import TuneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run: what is distilled, how, and where it is written."""
+    """Configuration of a run."""
 
     name: str | None = None
-    """Directory of the run under storage_path; default: the preset's name, or else the source's
-    kind.
+    """Directory of the run below storage_path; default: the preset's name, else the source's kind.
     """
     storage_path: str = "runs"
-    """Where runs and their cache live: a directory, or the URI of an object store."""
+    """Directory, or URI of an object store, for runs and their cache."""
     seed: int = 0
-    """Every random draw of the run follows from it."""
+    """Seed of all random draws of the run."""
     ipc: int = 1
     """Stored synthetic images per class."""
     method: MethodName | None = None
-    """A published method, which sets its hyperparameters of distill, frequencies, synthetic and
-    augment, for this ipc and shard.image_size; other options given beside it override them. None:
-    the options as they are. dm: mean features of random networks. dance: of trained ones, with
-    their cross-entropy. tgdd: of snapshots, with a later snapshot's cross-entropy. ncfm, ncfm_psi:
-    characteristic functions at fixed and at learned frequencies."""
+    """A published method: sets its hyperparameters in distill, frequencies, synthetic and augment,
+    for this ipc and shard.image_size; other given options override them. dm: mean features of
+    random networks. dance: of trained networks, with their cross-entropy. tgdd: of snapshots, with
+    a later snapshot's cross-entropy. ncfm, ncfm_psi: characteristic functions at fixed and at
+    learned frequencies. None: no method's settings."""
     num_workers: int | None = None
-    """Workers of a stage; default: one a GPU, or else one a CPU."""
+    """Workers per stage; default: one per GPU, or one per CPU without GPUs."""
     use_gpu: bool | None = None
-    """Whether workers take a GPU each; default: if the cluster has any by then. Where nodes come on
-    demand, true asks for them, num_workers of them, and waits.
-    """
+    """Whether each worker uses a GPU; default: if the cluster has one. On an autoscaling cluster,
+    true requests num_workers GPUs and waits for them."""
     source: SourceConfig = field(default_factory=SourceConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -65,10 +63,9 @@ class RunConfig:
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(strategy="color_crop_cutout", single=False)
     )
-    """Siamese augmentation of real and synthetic images while distilling; the default is the
-    released code's."""
+    """Siamese augmentation in distillation; the default is the released code's."""
     curate: CurateConfig = field(default_factory=CurateConfig)
-    """Soft labels, evaluated as a set of their own."""
+    """Soft labels, evaluated as separate sets."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
@@ -106,7 +103,7 @@ class RunConfig:
             raise ValueError(f"storage_path {self.storage_path}: {error}") from error
 
     def method_changes(self) -> list[str]:
-        """The options whose values are not those of the method that is named, if one is."""
+        """The options whose values differ from the configured method, if any."""
         if self.method is None:
             return []
         options = dotted(dataclasses.asdict(self))
@@ -115,8 +112,8 @@ class RunConfig:
 
     @property
     def storage(self) -> UPath:
-        """storage_path, absolute if it is local. An object store is asked anew what it holds
-        whenever that matters, for many processes write there.
+        """storage_path, absolute if local. Listings of an object store are not cached, since many
+        processes write to it.
         """
         path = UPath(self.storage_path)
         if isinstance(path, Path):
@@ -130,7 +127,7 @@ class RunConfig:
 
     @property
     def ray_storage(self) -> UPath:
-        """Where Ray Train and Ray Tune keep their own files."""
+        """Directory of the files of Ray Train and Ray Tune."""
         return self.storage / "cache" / "ray"
 
     def cache(self, stage: str, fingerprint: str) -> UPath:

@@ -1,14 +1,14 @@
-"""What a run does, in which order: stages by name, their reuse, timing and logging.
+"""Stage graph of a run: dependencies, reuse by fingerprint, timing and logging.
 
     configuration and inputs -> identity -> directory -> manifest, written last
 
-A stage asks the run for the stages that it needs, and they are made first. One whose manifest
-carries the wanted identity is reused. The manifest is removed before anything in its directory
-changes: a stage that was cut off has none and is run again over what it left, of which it may use
-what it knows to be its own.
+A stage requests the stages it depends on from the run, and they are built first. A stage whose
+manifest has the required identity is reused. The manifest is removed before anything in its
+directory changes: an interrupted stage has none and runs again in the same directory, where it may
+reuse files it can identify as its own.
 
-The stage `search-proxy` is the class `SearchProxy` of `pipeline.stages.search_proxy`, and so on: to
-add one is to write its module.
+Stages are found by name: `search-proxy` is the class `SearchProxy` of
+`pipeline.stages.search_proxy`. To add one, write its module.
 """
 
 import json
@@ -35,49 +35,49 @@ if TYPE_CHECKING:
 
 
 class Action(ABC):
-    """What a user can name on the command line."""
+    """A command of the command line."""
 
     name: ClassVar[str]
     writes: ClassVar[bool] = True
-    """Whether the run's directory is made before."""
+    """Whether to create the run's directory first."""
 
     def __init__(self, run: "Run") -> None:
         self.run, self.config = run, run.config
 
     def check(self) -> None:  # noqa: B027 # most have nothing to check
-        """Raise UsageError for what can be known to fail before anything starts."""
+        """Raise UsageError for errors that can be detected before anything starts."""
 
     @abstractmethod
     def perform(self) -> None:
-        """Do it, with all that it needs."""
+        """Run the action and everything it depends on."""
 
 
 class Stage(Action):
-    """An action whose result is kept, and reused where nothing that it depends on has changed."""
+    """An action with a stored result, reused until something it depends on changes."""
 
     recorded: ClassVar[bool] = True
-    """Whether its time and memory go into the run's stages.json."""
+    """Whether its time and memory are recorded in the run's stages.json."""
 
     @property
     def label(self) -> str:
-        """What it is called in the log."""
+        """Name in the log."""
         return self.name
 
     @property
     def directory(self) -> UPath:
-        """Where its manifest is."""
+        """Directory of the manifest."""
         return self.run.directory / self.name
 
     @abstractmethod
     def identity(self) -> str:
-        """Fingerprint of all that the result depends on, the version of the code included."""
+        """Fingerprint of everything the result depends on, including the code's version."""
 
     @abstractmethod
     def build(self) -> Manifest:
-        """Make it; returns what its manifest says of it."""
+        """Build the result; returns the entries of its manifest."""
 
     def summarise(self, manifest: Manifest) -> None:
-        """Write and print what people look at; of a reused result, too."""
+        """Write and print summaries, also of a reused result."""
 
     def check(self) -> None:
         """See Action."""
@@ -90,14 +90,14 @@ class Stage(Action):
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Its manifest; it is made first if it is not there."""
+        """The manifest; the stage is built first if necessary."""
         return self.run.resolve(self)
 
     @property
     def fingerprint(self) -> str:
-        """The identity of the result that is there by now."""
-        found: str = self.manifest["fingerprint"]
-        return found
+        """Identity of the stored result; the stage is built first if necessary."""
+        identity: str = self.manifest["fingerprint"]
+        return identity
 
 
 S = TypeVar("S", bound=Action)
@@ -116,23 +116,23 @@ class Run:
 
     @cached_property
     def source(self) -> Source:
-        """The real images; what needs none never opens it."""
+        """The real images; opened on first use."""
         return open_source(self.config.source)
 
     def action(self, name: str) -> Action:
-        """The stage, or what else has that name on the command line."""
+        """The stage or other action of that name."""
         return self.stage(action_class(name))
 
     def stage(self, kind: type[S]) -> S:
-        """This run's stage of that kind."""
+        """This run's instance of an action class."""
         if kind not in self._actions:
             self._actions[kind] = kind(self)
-        found = self._actions[kind]
-        assert isinstance(found, kind)
-        return found
+        action = self._actions[kind]
+        assert isinstance(action, kind)
+        return action
 
     def perform(self, names: tuple[str, ...]) -> None:
-        """Check all of these, then do them one after the other."""
+        """Check all named actions, then run them in order."""
         actions = [self.action(name) for name in names]
         for action in actions:
             action.check()
@@ -142,18 +142,18 @@ class Run:
             action.perform()
 
     def start(self) -> None:
-        """Make the run's directory, and write down the resolved configuration."""
+        """Create the run's directory, and write the resolved configuration to it."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_atomic(self.directory / "config.toml", self.command.toml)
-        except Exception as error:  # of whatever kind the library of an object store has for it
+        except Exception as error:  # object store libraries raise errors of their own
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
                 f"cannot write to storage_path {self.config.storage_path}: {reason}"
             ) from error
 
     def resolve(self, stage: Stage) -> Manifest:
-        """A stage's manifest; unless that of its very identity is there, the stage is built."""
+        """A stage's manifest; the stage is built unless one with its identity exists."""
         try:
             manifest = run_stage(stage.label, stage.directory, stage.identity(), stage.build)
         finally:
@@ -172,22 +172,22 @@ class Run:
     # ------------------------------------------------------------------ the cluster
 
     def workers(self, items: int, *, threads: int = 1) -> Workers:
-        """Join the cluster, and size a group of workers for so many items, each of which so many
-        threads can share.
+        """Join the cluster, and size a worker group for `items` items that can use `threads`
+        threads each.
         """
         cfg = self.config
         connect()
         workers = size_workers(cfg.num_workers, cfg.use_gpu, items, threads=threads, grows=joins())
         if joins() and cfg.use_gpu is None and not workers.use_gpu:
             self._say_once(
-                "[cluster] no GPU in the cluster: workers use CPUs; where GPUs come on demand, "
-                "ask for them with --use_gpu true --num_workers N"
+                "[cluster] no GPU in the cluster: workers use CPUs; if GPUs come on demand, "
+                "request them with --use_gpu true --num_workers N"
             )
         self.wait_for(workers.needs)
         return workers
 
     def wait_for(self, needs: Mapping[str, float]) -> None:
-        """Say what is waited for, until the stage ends."""
+        """Log the resources that are waited for, until the stage ends."""
         if self._notice is not None:
             self._notice.end()
         self._notice = WaitingNotice(needs, lambda text: log(f"[cluster] {text}"))
@@ -199,8 +199,8 @@ class Run:
 
 
 def action_class(name: str) -> type[Action]:
-    """The class of the stage, or what else has that name on the command line; a name with a dot in
-    it is that of a class of the user's own. Raises UsageError if there is none.
+    """The class of the stage or other action of that name; a dotted name is the path of a user's
+    class. Raises UsageError if there is none.
     """
     if "." in name:
         try:
@@ -209,25 +209,25 @@ def action_class(name: str) -> type[Action]:
             raise UsageError(str(error)) from error
         return own
     module = import_module(f"pipeline.stages.{name.replace('-', '_')}")
-    found: type[Action] = getattr(module, name.title().replace("-", ""))
-    return found
+    built_in: type[Action] = getattr(module, name.title().replace("-", ""))
+    return built_in
 
 
 def run_stage(
     name: str, directory: UPath, identity: str, build: Callable[[], Manifest]
 ) -> Manifest:
-    """Run `build` in `directory`, unless the manifest there says that this very thing exists;
-    returns the manifest.
+    """Run `build` in `directory`, unless the manifest there has this fingerprint; returns the
+    manifest.
 
     `identity` is the fingerprint of everything the result depends on.
     """
     path = directory / "manifest.json"
-    found = read_json(path)
-    if found is not None and found.get("fingerprint") == identity:
+    existing = read_json(path)
+    if existing is not None and existing.get("fingerprint") == identity:
         log(f"[{name}] reusing {directory}")
-        return {**found, "reused": True}
+        return {**existing, "reused": True}
     directory.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # before `build` changes what it vouches for
+    path.unlink(missing_ok=True)  # before `build` changes what it describes
     log(f"[{name}] {directory}")
     started = time.monotonic()
     built = build()
@@ -245,5 +245,5 @@ def run_stage(
 
 
 def log(text: str) -> None:
-    """Print a line at once."""
+    """Print a line, unbuffered."""
     print(text, flush=True)  # noqa: T201

@@ -1,10 +1,10 @@
-"""Published methods by name: what the images descend, and how, in one place.
+"""Published methods by name: their objectives and hyperparameters, in one place.
 
-`method` sets the options of `distill`, `frequencies`, `synthetic` and `augment` that make the
-method, and the snapshots that it needs. What a run may spend stays as it is: networks of the pool
-and their training, steps, real images a step, and how it is computed. A method that a preset names
-gives way to the other values of the preset; one that is named on the command line overrides the
-preset and gives way to the other options of the command line.
+`method` sets the options of `distill`, `frequencies`, `synthetic` and `augment` that define the
+method, and the snapshots it needs. It does not set the budget: the pool and its training, steps,
+real images per step, and how they are computed. A preset's other values override the method it
+names; a method on the command line overrides the preset, and other command-line options override
+the method.
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ SPENDING = (
 )
 """Fields of `DistillConfig` that no method sets."""
 
-FINE = 128  # px, from which the published settings are those of the ImageNet subsets
+FINE = 128  # px; from this size on, the published settings of the ImageNet subsets apply
 IDC_AUGMENT = AugmentConfig(strategy="color_crop_cutout", single=False)
 DSA_AUGMENT = AugmentConfig(strategy="color_crop_cutout_flip_scale_rotate", single=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method fixes."""
+    """Options that a method sets."""
 
     distill: DistillConfig
     frequencies: FrequencyConfig = field(default_factory=FrequencyConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     augment: AugmentConfig = IDC_AUGMENT
     snapshot_every: int | None = None
-    """None: the method needs no snapshots; those that there are do not disturb it."""
+    """None: the method uses no snapshots, and ignores existing ones."""
 
 
 def method(name: str, *, ipc: int, image_size: int) -> Method:
-    """A method's published hyperparameters for these sizes. Raises ValueError if there is no such.
+    """Published hyperparameters of a method for these sizes. Raises ValueError if it is unknown.
 
-    Rates are those of pixels in [0, 1]. Where a published rate is of normalised pixels, it is
-    multiplied by the square of their standard deviation, about 1/4.
+    Learning rates are for pixels in [0, 1]: published rates for normalised pixels are multiplied by
+    the squared standard deviation of the pixels, which is about 1/4.
     """
     match name:
         case "dm":  # random networks (arXiv 2110.04181); lr 1 of normalised pixels, 20 000 steps
@@ -73,18 +73,18 @@ def method(name: str, *, ipc: int, image_size: int) -> Method:
             return Method(
                 distill=DistillConfig(**_dance(ipc, image_size) | trajectories), snapshot_every=1
             )
-        # arXiv 2502.20653; 20 networks, 20 000 steps. Its lr of 1e-3 is of an AdamW that steps once
-        # a class and moves all classes each time, which is more the more classes there are.
+        # arXiv 2502.20653; 20 networks, 20 000 steps. Its lr of 1e-3 is for AdamW steps once per
+        # class that each move all classes, so its effective rate grows with the number of classes.
         case "ncfm":
             return Method(distill=DistillConfig(lr=0.01))
-        case "ncfm_psi":  # unbounded, as published; this project's psi is FrequencyConfig's
+        case "ncfm_psi":  # unbounded, as published; FrequencyConfig's default psi is this project's
             psi = FrequencyConfig(sampler="psi", objective="ncfd", max_ratio=1e4)
             return Method(distill=DistillConfig(lr=0.01), frequencies=psi)
     raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {name!r}")
 
 
 def _sgd(lr: float) -> dict[str, Any]:
-    """SGD of the images on the loss as it is."""
+    """Image SGD on the unscaled loss."""
     return {
         "optimizer": "sgd",
         "lr": lr,
@@ -104,20 +104,20 @@ def _dance(ipc: int, image_size: int) -> dict[str, Any]:
 
 
 def method_settings(name: str, *, ipc: int, image_size: int) -> dict[str, Any]:
-    """What a method sets: dotted option -> value. Raises ValueError if there is no such."""
-    found = method(name, ipc=ipc, image_size=image_size)
+    """Options of a method: dotted name -> value. Raises ValueError if it is unknown."""
+    published = method(name, ipc=ipc, image_size=image_size)
     groups = ("distill", "frequencies", "synthetic", "augment")
-    values = dotted({group: dataclasses.asdict(getattr(found, group)) for group in groups})
+    values = dotted({group: dataclasses.asdict(getattr(published, group)) for group in groups})
     for spending in SPENDING:
         del values[f"distill.{spending}"]
-    if found.snapshot_every is not None:
-        values["pretrain.snapshot_every"] = found.snapshot_every
+    if published.snapshot_every is not None:
+        values["pretrain.snapshot_every"] = published.snapshot_every
     return values
 
 
 def method_changes(
     name: str, options: Mapping[str, Any], *, ipc: int, image_size: int
 ) -> list[str]:
-    """Which of the dotted options of a run are not those of the method that it names."""
-    wanted = method_settings(name, ipc=ipc, image_size=image_size)
-    return [key for key, value in wanted.items() if options[key] != value]
+    """The dotted options whose values differ from the named method."""
+    settings = method_settings(name, ipc=ipc, image_size=image_size)
+    return [key for key, value in settings.items() if options[key] != value]

@@ -10,7 +10,7 @@ from pipeline.runtime.files import write_atomic
 
 
 def main() -> None:
-    """Run the stages that the command line asks for."""
+    """Run the command line."""
     directory: UPath | None = None
     try:
         if sys.argv[1:2] == ["compare"]:
@@ -20,7 +20,7 @@ def main() -> None:
             return
         command = parse_command(sys.argv[1:])
         directory = command.config.run_directory
-        from pipeline.graph import Run  # after the parsing: --help and errors need none of this
+        from pipeline.graph import Run  # slow to import: not needed by --help and usage errors
 
         Run(command).perform(command.stages)
     except (UsageError, SourceError) as error:
@@ -28,20 +28,20 @@ def main() -> None:
     except StageError as error:
         sys.exit(f"error: {error}{_traceback_file(directory, error)}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        print("interrupted; the same command resumes from here", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Exception as error:
         from pipeline.runtime.failures import storage_error, worker_error
 
         if (storage := storage_error(error)) is not None:
             exit_with_usage_error(storage)
-        if "ray" not in sys.modules or (found := worker_error(error)) is None:
+        if "ray" not in sys.modules or (failure := worker_error(error)) is None:
             raise
-        sys.exit(f"error: {found}{_traceback_file(directory, found)}")
+        sys.exit(f"error: {failure}{_traceback_file(directory, failure)}")
 
 
 def _traceback_file(directory: UPath | None, error: StageError) -> str:
-    """Write a worker's traceback into the run's directory; where, in words."""
+    """Write a worker's traceback to the run's directory; returns a note of the path."""
     if directory is None or not isinstance(error, WorkerError):
         return ""
     path = directory / "error.txt"

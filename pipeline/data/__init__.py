@@ -1,1 +1,1 @@
-"""Real images: shards, the store of a node, and batches by index."""
+"""Real images: sources, shards, the node-local store, and batches by index."""

@@ -1,6 +1,6 @@
-"""Batches of real images by index: what comes follows from seeds, steps and classes alone.
+"""Batches of real images by index, determined by seed, step and class.
 
-No batch depends on memory, on a cache, on workers, or on what was drawn before.
+No batch depends on memory, caches, workers, or previous batches.
 """
 
 import logging
@@ -18,14 +18,14 @@ from pipeline.data.store import Store
 logger = logging.getLogger(__name__)
 
 REAL_BATCH = "real_batch"
-GPU_SHARE = 0.25  # of a GPU's free memory; the rest is the step's
+GPU_SHARE = 0.25  # of a GPU's free memory; the rest is for the step
 
 
 class ClassBatches:
-    """Random batches of single classes, each from the whole class.
+    """Random batches of single classes.
 
-    On a GPU the images of all these classes are in its memory if they fit a quarter of what is
-    free, and a batch never crosses the bus.
+    On a GPU, the images of all these classes are kept in its memory if they fit a quarter of its
+    free memory; batches then need no transfer.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class ClassBatches:
         self._allowed: dict[int, Tensor] = {}
 
     def batch(self, class_index: int, step: int, size: int, *, purpose: str = REAL_BATCH) -> Tensor:
-        """(n, C, H, W) uint8: n = min(size, allowed images of the class), each at most once.
+        """(n, C, H, W) uint8, n = min(size, allowed images of the class), without replacement.
 
-        It follows from (seed, purpose, step, class). Raises ValueError on a class without images.
+        Determined by (seed, purpose, step, class). Raises ValueError on a class without images.
         """
         images = self._images[class_index]
         if not len(images):
             raise ValueError(f"class {class_index} has no images in this split")
         generator = keyed_generator(self._seed, purpose, step, class_index)
-        # Sorted: neighbours in the file are read together.
+        # Sorted, for sequential reads.
         if class_index in self._allowed:
             allowed = self._allowed[class_index]
             order = torch.randperm(len(allowed), generator=generator)[:size]
@@ -66,16 +66,16 @@ class ClassBatches:
         return self._images[class_index]
 
     def restrict(self, class_index: int, allowed: Tensor) -> None:
-        """Have batches of a class come from the images with these indices alone."""
+        """Restrict the batches of a class to the images with these indices."""
         self._allowed[class_index] = allowed
 
     def allowed(self, class_index: int) -> Tensor:
-        """The indices of the images that batches of a class come from."""
-        every = torch.arange(len(self._images[class_index]))
-        return self._allowed.get(class_index, every)
+        """Indices of the images that batches of a class are drawn from."""
+        everything = torch.arange(len(self._images[class_index]))
+        return self._allowed.get(class_index, everything)
 
     def step(self, step: int, size: int) -> Mapping[int, Tensor]:
-        """The real batches of a step, each gathered when it is asked for."""
+        """The real batches of a step, each gathered on access."""
         return _StepBatches(self, list(self._images), step, size)
 
 
@@ -94,14 +94,12 @@ class _StepBatches(Mapping[int, Tensor]):
 
 
 class StoredImages:
-    """An `ncfm.images.ImageSource` over the classes of a split. An epoch is one permutation of all
-    images.
-    """
+    """An `ncfm.images.ImageSource` over classes of a split. An epoch permutes all images."""
 
     def __init__(self, store: Store, split: Split, classes: Iterable[int] | None = None) -> None:
-        found = dict(sorted(store.images(split, classes).items()))
-        self._images = [images.numpy() for images in found.values()]
-        self._labels = np.array(list(found))
+        by_class = dict(sorted(store.images(split, classes).items()))
+        self._images = [images.numpy() for images in by_class.values()]
+        self._labels = np.array(list(by_class))
         self._ends = np.cumsum([len(images) for images in self._images])
 
     def __len__(self) -> int:
@@ -110,8 +108,8 @@ class StoredImages:
     def epoch(
         self, batch_size: int, generator: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images (N, C, H, W) uint8 and labels (N,) int64; without a generator class by
-        class.
+        """Batches of images (N, C, H, W) uint8 and labels (N,) int64; ordered by class without a
+        generator.
         """
         for index in epoch_order(len(self), generator).split(batch_size):
             yield self._gather(index.numpy())
@@ -126,7 +124,7 @@ class StoredImages:
 
 
 def warn_of_small_classes(counts: Sequence[int], size: int) -> None:
-    """Log which classes are smaller than a batch."""
+    """Warn about classes that are smaller than a batch."""
     small = [c for c, count in enumerate(counts) if count < size]
     if small:
         least = min(small, key=counts.__getitem__)

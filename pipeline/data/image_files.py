@@ -1,4 +1,4 @@
-"""Image files: which ones a folder holds, and the pixels of one, whatever kind it is."""
+"""List and decode image files, local or in an object store."""
 
 import errno
 import io
@@ -18,8 +18,8 @@ SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 VERSION_FIELDS = ("size", "ETag", "etag", "mtime", "LastModified", "updated")
-MAX_PIXELS = 89_478_485  # Pillow's threshold; 4 copies as RGBA, the most that is held, are 1.4 GB
-OF_ONE_FILE = frozenset(  # errors that say nothing about the disk
+MAX_PIXELS = 89_478_485  # Pillow's threshold; at most 4 RGBA copies are in memory, 1.4 GB
+OF_ONE_FILE = frozenset(  # errors of a single file, not of the disk
     getattr(errno, name)
     for name in ("ENOENT", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG")
 )
@@ -27,8 +27,8 @@ OF_ONE_FILE = frozenset(  # errors that say nothing about the disk
 
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
-    """Tell apart what is wrong with one file, which stays as it is, and a failing disk or object
-    store, which becomes a StorageError.
+    """Convert errors of a failing disk or object store to StorageError; re-raise errors of a single
+    file unchanged.
     """
     try:
         yield
@@ -36,17 +36,17 @@ def reading(uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         if "://" in uri:
-            # Without permission in a store is usually without valid credentials.
-            own = isinstance(error, (FileNotFoundError, IsADirectoryError, ValueError))
+            # A permission error in a store usually means invalid credentials.
+            of_file = isinstance(error, (FileNotFoundError, IsADirectoryError, ValueError))
         else:
-            own = not isinstance(error, OSError) or error.errno in (OF_ONE_FILE | {None})
-        if own:
+            of_file = not isinstance(error, OSError) or error.errno in (OF_ONE_FILE | {None})
+        if of_file:
             raise
         raise StorageError(f"cannot read {uri}: {type(error).__name__}: {error}") from error
 
 
 def fetch(uri: str, offset: int = 0, size: int = -1) -> bytes:
-    """The bytes of a file, or of a part of it. Raises OSError, or StorageError if storage fails."""
+    """Read a file or a part of it. Raises OSError, or StorageError if the storage fails."""
     with reading(uri), (UPath(uri) if "://" in uri else Path(uri)).open("rb") as file:
         if offset:
             file.seek(offset)
@@ -57,25 +57,25 @@ def fetch(uri: str, offset: int = 0, size: int = -1) -> bytes:
 def list_images(root: UPath) -> list[tuple[str, str, str]]:
     """(path relative to root, path or URI, version) of every image at any depth, sorted.
 
-    The version changes when the file does. Links are followed; names that begin with a dot, and
-    files without an image's extension, are passed over. Raises OSError if a folder is unreadable.
+    The version changes when the file does. Links are followed; hidden files and files without an
+    image extension are skipped. Raises OSError if a folder is unreadable.
     """
     if isinstance(root, Path):
         start = len(str(root)) + 1
         local = _local_images(str(root), frozenset())
         return sorted((path[start:].replace(os.sep, "/"), path, version) for path, version in local)
-    found = []
+    images = []
     for name, info in root.fs.find(root.path, detail=True).items():
         relative = name.removeprefix(root.path.rstrip("/") + "/")
         if _is_image(relative):
             version = "/".join(str(info.get(field)) for field in VERSION_FIELDS)
-            found.append((relative, str(root / relative), version))
-    return sorted(found)
+            images.append((relative, str(root / relative), version))
+    return sorted(images)
 
 
 def _local_images(folder: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that we are in
+    if real in above:  # a link to a parent folder
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -85,7 +85,7 @@ def _local_images(folder: str, above: frozenset[str]) -> Iterator[tuple[str, str
             elif _is_image(entry.name):
                 try:
                     stat = entry.stat()
-                except OSError:  # a link to nowhere: listed, for the quarantine to tell of it
+                except OSError:  # a dangling link: listed, so that it is quarantined
                     yield entry.path, "unreadable"
                 else:
                     yield entry.path, f"{stat.st_size}/{stat.st_mtime_ns}"
@@ -104,18 +104,18 @@ def _is_image(name: str) -> bool:
 
 
 def read_image(file: IO[bytes] | bytes) -> Image.Image:
-    """The (first) image in a file: 8 bits a channel, mode RGB, or L if it has no colour.
+    """Decode the (first) image of a file to 8 bits per channel, mode RGB, or L if greyscale.
 
-    The EXIF rotation is applied, 16 bits become 8, and what is transparent becomes white. Raises
-    what Pillow raises on a file that it cannot read (OSError, SyntaxError, ...), and ValueError on
+    Applies the EXIF rotation, reduces 16 bits to 8, and makes transparent pixels white. Raises
+    Pillow's errors on unreadable files (OSError, SyntaxError, ...), and ValueError on
     floating-point pixels and on more than MAX_PIXELS.
     """
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         opened = Image.open(file)
-    except UnidentifiedImageError:  # its message has an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         empty = not file.seek(0, io.SEEK_END)
-        reason = "the file is empty" if empty else "no kind of image that Pillow knows"
+        reason = "the file is empty" if empty else "not an image format that Pillow knows"
         raise UnidentifiedImageError(reason) from None
     with opened as image:
         if image.width * image.height > MAX_PIXELS:
@@ -127,13 +127,13 @@ def read_image(file: IO[bytes] | bytes) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
-        # What lies under full transparency is arbitrary, often black: nobody ever saw it.
+        # The colours of fully transparent pixels are arbitrary, often black.
         colours = image.convert("RGBA")
         page = Image.new("RGBA", colours.size, "white")
         return Image.alpha_composite(page, colours).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):  # 16 bits, in whatever byte order
+        raise ValueError("floating-point pixels have no standard range")
+    if image.mode.startswith("I"):  # 16 bits, any byte order
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixels from {values.min()} to {values.max()} do not fit 16 bits")

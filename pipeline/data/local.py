@@ -1,4 +1,4 @@
-"""Where a node keeps its stores, the locks on them, and how they are removed."""
+"""Node-local stores: their location, locks, and removal."""
 
 import fcntl
 import os
@@ -18,9 +18,9 @@ NETWORK_FILE_SYSTEMS = ("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gpfs", "
 
 
 def store_root(cache: UPath, local_directory: str | None) -> Path:
-    """The directory of this node's stores: `local_directory`, in which $NAMES are those of the
-    node's environment; else the shards' own if that is on a disk of this machine; else one below
-    $TMPDIR, which Slurm, for instance, sets to a node's scratch.
+    """The directory of this node's stores: `local_directory`, with the node's environment variables
+    expanded; else the shards' own if it is on a local disk; else one below $TMPDIR (which Slurm,
+    for instance, sets to a node's scratch).
     """
     if local_directory is not None:
         expanded = os.path.expandvars(local_directory)
@@ -32,12 +32,14 @@ def store_root(cache: UPath, local_directory: str | None) -> Path:
     root = Path(tempfile.gettempdir()) / f"ncfm-ray-{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
     if root.stat().st_uid != os.getuid():
-        raise StoreError(f"{root} is somebody else's; --runtime.local_directory names another")
+        raise StoreError(
+            f"{root} belongs to another user; set --runtime.local_directory to another directory"
+        )
     return root
 
 
 def _on_network(path: Path) -> bool:
-    """Whether a path is on a file system that other machines share (known on Linux alone)."""
+    """Whether a path is on a network file system (detected on Linux only)."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
@@ -52,7 +54,7 @@ def _on_network(path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock, which it loses when it ends, however it does."""
+    """Hold a file lock; yields whether it was acquired. Released when the process ends."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -64,20 +66,20 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 @contextmanager
 def in_use(directory: Path) -> Iterator[None]:
-    """Keep `clean` from removing a store that is being made."""
+    """Protect a store that is being built from `clean`."""
     lock = directory / "users.lock"
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with lock.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
-            if lock.exists():  # it was not removed meanwhile
+            if lock.exists():  # else it was removed meanwhile: try again
                 yield
                 return
 
 
 def clean(root: Path) -> list[tuple[Path, int]]:
-    """Remove all stores in a directory but those that are being made; returns (path, bytes) of
-    each. A process that has opened one keeps what it has opened.
+    """Remove all stores in a directory, except those being built; returns (path, bytes) of each.
+    Processes keep the memory maps they have opened.
     """
     removed = []
     for directory in sorted(root.glob(f"{PREFIX}*")):

@@ -1,4 +1,4 @@
-"""The files of a pool of networks: one a member, with its snapshots and rows of metrics."""
+"""Files of a pool of networks: one per member, with its snapshots and metric rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ State = dict[str, Tensor]
 
 
 def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
-    """A network of this architecture for these images, its initial weights from the seed."""
+    """Build a network for these images, with initial weights from the seed."""
     return build_model(
         model,
         num_classes=spec.num_classes,
@@ -25,48 +25,48 @@ def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
 
 
 def metrics_path(directory: UPath, member: int) -> UPath:
-    """The rows of the training of one network of the pool, an epoch each."""
+    """Path of a member's training metrics, one row per epoch."""
     return directory / f"metrics-{member:03d}.jsonl"
 
 
 def member_path(directory: UPath, member: int) -> UPath:
-    """The file of one network of the pool."""
+    """Path of a member's initial and trained weights."""
     return directory / f"network-{member:03d}.safetensors"
 
 
 def snapshot_path(directory: UPath, member: int, epoch: int) -> UPath:
-    """The file of a network's weights after so many epochs, neither its first nor its last."""
+    """Path of a member's weights after an intermediate epoch."""
     return directory / f"snapshot-{member:03d}-{epoch:04d}.safetensors"
 
 
 def contiguous(state: Mapping[str, Tensor]) -> State:
-    """The tensors as safetensors takes them."""
+    """Contiguous tensors, as safetensors requires."""
     return {name: value.contiguous() for name, value in state.items()}
 
 
 def pack_member(initial: State, trained: State) -> bytes:
-    """Both states of a network as one safetensors file."""
+    """The initial and trained states as one safetensors file."""
     return save(
         {
-            f"{kind}/{name}": value.contiguous()
-            for kind, state in (("initial", initial), ("trained", trained))
+            f"{prefix}/{name}": value.contiguous()
+            for prefix, state in (("initial", initial), ("trained", trained))
             for name, value in state.items()
         }
     )
 
 
 def load_member(directory: UPath, member: int) -> tuple[State, State]:
-    """The (initial, trained) states of one network of the pool."""
+    """Load the (initial, trained) states of a member."""
     tensors = load(member_path(directory, member).read_bytes())
     initial, trained = (
-        {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
-        for kind in ("initial", "trained")
+        {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in ("initial", "trained")
     )
     return initial, trained
 
 
 def load_trajectory(directory: UPath, member: int, epochs: Sequence[int]) -> list[State]:
-    """The states of one network of the pool after these epochs, from 0 to the last."""
+    """Load the states of a member after these epochs, from 0 to the last."""
     initial, trained = load_member(directory, member)
     between = (snapshot_path(directory, member, epoch).read_bytes() for epoch in epochs[1:-1])
     return [initial, *map(load, between), trained]

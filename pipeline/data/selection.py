@@ -1,7 +1,7 @@
-"""The real images that a worker's classes match, and those that its synthetic images start from.
+"""Selection of the real images that are matched, and of those that initialise synthetic images.
 
-Of the workers that share a class, the first chooses; the others are told by a sum. So they agree
-even where their processors round differently.
+Of the workers that share a class, the first selects, and sends the indices to the others by an
+all-reduce: they agree even if their processors round differently.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pipeline.data.batches import ClassBatches
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is chosen from, and by which networks."""
+    """Selection from the real images of a worker's classes, by the pool's networks."""
 
     batches: ClassBatches
     pool: ExtractorPool
@@ -34,7 +34,7 @@ class Selection:
     device: torch.device
 
     def restrict(self, class_index: int) -> None:
-        """Have batches of this class come from its easy images alone."""
+        """Restrict the batches of a class to its easy images."""
         if self.distill.easy_fraction == 1:
             return
         images = self.batches.images(class_index)
@@ -45,7 +45,7 @@ class Selection:
         self.batches.restrict(class_index, self._agreed(chosen))
 
     def initial_images(self, class_index: int) -> Tensor:
-        """The first synthetic images of a class, (ipc, C, H, W)."""
+        """Initial synthetic images of a class, (ipc, C, H, W)."""
         images, allowed = self.batches.images(class_index), self.batches.allowed(class_index)
         needed = min(self.synthetic.real_images_needed(self.ipc), len(allowed))
         chosen = torch.zeros(needed, dtype=torch.int64)
@@ -65,7 +65,7 @@ class Selection:
         return initial_images(real, self.ipc, self.synthetic, noise)
 
     def _agreed(self, chosen: Tensor) -> Tensor:
-        """That of the group's first member, whose others have zeros."""
+        """The selection of the group's first member; the others pass zeros."""
         if self.communicator.members == 1:
             return chosen
         return self.communicator.sum_group(chosen.to(self.device)).cpu()

@@ -1,7 +1,7 @@
-"""WebDataset shards: images of one class as a tar whose bytes follow from its samples alone.
+"""Write and read WebDataset shards: single-class tars with reproducible bytes.
 
-Writing runs inside Ray tasks. The webdataset library is imported when it is used: it imports torch,
-which takes seconds that the driver can do without.
+Writing runs inside Ray tasks. The webdataset library is imported lazily: it imports torch, which
+would cost the driver seconds.
 """
 
 import hashlib
@@ -23,29 +23,29 @@ from pipeline.runtime.files import Manifest, read_json, write_atomic
 from pipeline.runtime.identity import peak_rss_bytes
 
 SUFFIX = {"png": "png", "jpeg": "jpg", "raw": "npy"}  # as webdataset and Ray Data decode them
-TAR_OVERHEAD = 2048  # bytes a sample: two headers, the label's block, padding
+TAR_OVERHEAD = 2048  # bytes per sample: two headers, the label's block, padding
 
-Record = dict[str, Any]  # what is known of a shard; JSON
+Record = dict[str, Any]  # description of a written shard; JSON
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
-    """How images are stored."""
+    """Size and encoding of stored images."""
 
     image_size: int = 32
-    """Pixels a side. The short side is resized to it, with antialiasing, and the centre kept."""
+    """Side in pixels: images are resized, with antialiasing, and centre-cropped."""
     channels: Literal[1, 3] = 3
-    """3: RGB, grey images too. 1: greyscale, coloured images too."""
+    """3: RGB; greyscale images are converted. 1: greyscale; colour images are converted."""
     encoding: Literal["png", "jpeg", "raw"] = "png"
     """`png` and `raw` (NumPy) are lossless; `raw` is large and the fastest to read."""
     jpeg_quality: int = 95
-    """1 to 100; full colour resolution."""
+    """1 to 100; no chroma subsampling."""
     shard_size: int = 1000
-    """Images in a shard, at most."""
+    """Maximum images per shard."""
     shard_mib: int = 64
-    """MiB in a shard, at most, reckoned with uncompressed images."""
+    """Maximum MiB per shard, computed for uncompressed images."""
     max_bad: float = 0.01
-    """Part of all images that may be unreadable; more stop the stage."""
+    """Maximum fraction of unreadable images; beyond it the stage fails."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "shard_size", "shard_mib"):
@@ -58,7 +58,7 @@ class ShardConfig:
 
     @property
     def samples_per_shard(self) -> int:
-        """Images in a full shard: shard_size, or fewer if they might not fit shard_mib."""
+        """Images in a full shard: shard_size, or fewer to stay within shard_mib."""
         image_bytes = self.channels * self.image_size**2 + TAR_OVERHEAD
         return max(1, min(self.shard_size, self.shard_mib * 2**20 // image_bytes))
 
@@ -70,18 +70,18 @@ class ShardTask:
     split: Split
     class_index: int
     number: int
-    first: int  # index within the class of its first sample
+    first: int  # index of its first sample within the class
     samples: tuple[Sample, ...]
 
     @property
     def name(self) -> str:
-        """Its path below the stage's directory, without .tar."""
+        """Path below the stage's directory, without .tar."""
         return f"{self.split}/{self.class_index:04d}-{self.number:05d}"
 
 
 def write_shards_row(row: dict[str, Any], **arguments: Any) -> dict[str, str]:
-    """write_shard for some shards, as Ray Data calls it. A StorageError, of which it would leave
-    the text alone, is the last record.
+    """Ray Data row function: write some shards. A StorageError becomes the last record, since Ray
+    Data would keep only its text.
     """
     records: list[Record] = []
     try:
@@ -100,12 +100,12 @@ def write_shard(
     directory: UPath,
     identity: str,
 ) -> Record:
-    """Write a shard, and then its record as JSON beside it, unless both are there already.
+    """Write a shard, then its record as JSON beside it, unless both exist.
 
-    The shard has the members <key>.<suffix> (image) and <key>.cls (label); the record names the
+    The shard has the members <key>.<suffix> (image) and <key>.cls (label); the record lists the
     source's own keys in the same order. `identity` is the fingerprint of source and configuration.
-    Images that cannot be read are left out and listed in the record; they are tried again when the
-    stage is. Raises StorageError if the storage fails.
+    Unreadable images are left out and listed in the record; they are retried when the stage runs
+    again. Raises StorageError if the storage fails.
     """
     path, record_path = directory / f"{task.name}.tar", directory / f"{task.name}.json"
     known: Record | None = read_json(record_path)
@@ -119,13 +119,13 @@ def write_shard(
     encoded: dict[str, bytes] = {}
     bad: dict[str, str] = {}
     histogram = np.zeros(256 * config.channels, dtype=np.int64)
-    # As they lie in the source's files, which may be cheap to read in their order alone.
+    # In the order of the source's files, which may be fast to read only sequentially.
     for sample in sorted(task.samples, key=lambda sample: (sample.uri, sample.where)):
         try:
             image = square(read(sample), config.image_size, config.channels)
         except (StorageError, MemoryError):
             raise
-        except Exception as error:  # whatever a decoder throws at a broken file
+        except Exception as error:  # decoders raise anything on broken files
             bad[sample.key] = _reason(error)
             continue
         histogram += image.histogram()
@@ -152,10 +152,10 @@ def write_shard(
 
 
 def square(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """The central square of an image, resized with antialiasing to size x size, RGB or greyscale.
+    """Centre crop of an image, resized with antialiasing to size x size, RGB or greyscale.
 
-    Cutting first and resizing then is the usual resize and centre crop, but for a fraction of a
-    pixel, and a very long image costs no memory.
+    Cropping before resizing equals the usual resize and centre crop up to a fraction of a pixel,
+    and needs no extra memory for very long images.
     """
     short = min(image.size)
     left, upper = ((length - short) // 2 for length in image.size)
@@ -168,10 +168,10 @@ def square(image: Image.Image, size: int, channels: int) -> Image.Image:
 
 
 def encode(image: Image.Image, config: ShardConfig) -> bytes:
-    """The bytes of an image in the configured encoding."""
+    """Encode an image as configured."""
     buffer = io.BytesIO()
     if config.encoding == "png":
-        # Photographs take 2 % more bytes than with deflate's full search, and a third of its time.
+        # On photographs, 2 % larger than deflate's full search at a third of its time.
         image.save(buffer, "PNG", compress_type=zlib.Z_RLE)
     elif config.encoding == "jpeg":
         image.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=0)
@@ -181,7 +181,7 @@ def encode(image: Image.Image, config: ShardConfig) -> bytes:
 
 
 def _tar(task: ShardTask, encoded: dict[str, bytes], suffix: str) -> bytes:
-    """The shard's samples as webdataset writes them, without anything of this time or machine."""
+    """The shard's samples as a WebDataset tar, with fixed owner and times."""
     from webdataset.writer import TarWriter
 
     buffer = io.BytesIO()
@@ -196,17 +196,17 @@ def _tar(task: ShardTask, encoded: dict[str, bytes], suffix: str) -> bytes:
 
 
 def read_shard(directory: UPath, entry: Manifest) -> Iterator[tuple[str, bytes]]:
-    """The (suffix, encoded bytes) of a shard's images in their order. `entry` is what the manifest
-    says of it: the SHA-256 is compared first. Raises ShardError.
+    """(suffix, encoded bytes) of a shard's images, in order. `entry` is its manifest entry, whose
+    SHA-256 is verified first. Raises ShardError.
     """
     from webdataset.tariterators import tar_file_iterator
 
     path = directory / entry["path"]
 
-    def error(what: str) -> ShardError:
+    def error(reason: str) -> ShardError:
         return ShardError(
-            f"shard {path} is damaged: {what}. Delete it and the manifest.json in {directory}, "
-            "then run the shard stage again: it writes what is missing"
+            f"shard {path} is damaged: {reason}. Delete it and the manifest.json in {directory}, "
+            "then run the shard stage again: it writes the missing shards"
         )
 
     try:
@@ -219,7 +219,7 @@ def read_shard(directory: UPath, entry: Manifest) -> Iterator[tuple[str, bytes]]
         raise error(f"it has {len(data)} bytes, the manifest says {entry['bytes']}")
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise error("its SHA-256 is not the manifest's")
-    # The class is the manifest's: the labels need not be read.
+    # The manifest has the class: labels need not be read.
     for file in tar_file_iterator(io.BytesIO(data), select_files=lambda n: not n.endswith(".cls")):
         yield file["fname"].partition(".")[2], file["data"]
 

@@ -1,14 +1,14 @@
-"""The store of a node: the real images of each class, decoded once, as a uint8 memory map.
+"""Node-local store: the real images of each class, decoded once, as a uint8 memory map.
 
-The way of an image: source -> shard of one class (`pipeline.stages.shard`) -> store -> batches by
-index (`pipeline.data.batches`). All processes of a node share a store through the page cache: how
-much of it is in memory is the kernel's business, and no batch depends on it.
+An image passes from its source to a shard of one class (`pipeline.stages.shard`), to the store, to
+batches by index (`pipeline.data.batches`). All processes of a node share a store through the page
+cache: the kernel decides how much of it is in memory, and no batch depends on that.
 
     <root>/ncfm-store-<fingerprint of the shards' hashes>/<split>/<class>.u8    (N, C, H, W) uint8
                                                                   <class>.json  its index
 
-An index is written last, when the images are on the disk, and has their SHA-256: images without one
-are made again, and so are images that were changed after it.
+The index is written last, when the images are on disk, and has their SHA-256. Images without an
+index, or changed after it, are decoded again.
 """
 
 import hashlib
@@ -46,14 +46,12 @@ logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
 
 LAYOUT = 1
-BLOCK_BYTES = 2**20  # that are decoded before they are written
+BLOCK_BYTES = 2**20  # decoded before they are written
 
 
 @dataclass(frozen=True)
 class Store:
-    """The real images of a data set on whatever node this is; what is missing is made when it is
-    first asked for.
-    """
+    """The real images of a data set on this node; missing classes are decoded on first access."""
 
     shards: UPath
     manifest: Manifest  # of the shards
@@ -73,7 +71,7 @@ class Store:
 
     @property
     def directory(self) -> Path:
-        """Where the store is on this node; it follows from what the shards hold."""
+        """Directory of the store on this node, named by the shards' contents."""
         parts = [self.manifest[key] for key in ("channels", "image_size", "splits")]
         name = PREFIX + fingerprint("store", LAYOUT, *parts)
         return store_root(self.shards.parent, self.local_directory) / name
@@ -85,8 +83,8 @@ class Store:
     def images(self, split: Split, classes: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Class -> its images (N, C, H, W) uint8, in the order of its shards; default: all classes.
 
-        They are not in memory until they are read. What is missing is made: by this process, or by
-        another one that was first. Raises ShardError, and StoreError if it cannot be made.
+        The images are memory maps. Missing classes are decoded first, by this process or by another
+        that has started. Raises ShardError, and StoreError if the store cannot be written.
         """
         spec, counts, directory = self.spec, self.counts(split), self.directory
         wanted = range(spec.num_classes) if classes is None else classes
@@ -100,44 +98,44 @@ class Store:
         maps = {c: file.open() for c, file in files.items()}
         missing = {c: file for c, file in files.items() if maps[c] is None}
         if missing:
-            with _making(directory, list(missing.values())) as tell, in_use(directory):
-                _make(self.shards, missing, entries, tell)
+            with _making(directory, list(missing.values())) as report, in_use(directory):
+                _make(self.shards, missing, entries, report)
                 maps |= {c: file.open() for c, file in missing.items()}
-        found = {c: image for c, image in maps.items() if image is not None}
-        if len(found) < len(maps):
-            raise StoreError(f"the store {directory} changed while it was made: start again")
-        return found
+        images = {c: image for c, image in maps.items() if image is not None}
+        if len(images) < len(maps):
+            raise StoreError(f"the store {directory} changed while it was built: start again")
+        return images
 
 
 @dataclass(frozen=True)
 class ClassFile:
-    """The images of one class in one file, and the index beside it that vouches for them."""
+    """File of one class's images, with an index file that verifies them."""
 
     path: Path
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Of the images."""
+        """Size of the images."""
         return math.prod(self.shape)
 
     @property
     def index(self) -> Path:
-        """Shape and SHA-256 of the images, written last."""
+        """Path of the index: shape and SHA-256 of the images, written last."""
         return self.path.with_suffix(".json")
 
     @property
     def partial(self) -> Path:
-        """What is being made, or was when its process was killed."""
+        """Path of the file while it is written; left over if the process is killed."""
         return self.path.with_suffix(".tmp")
 
     def open(self) -> Tensor | None:
-        """The images if the index vouches for them; changes to the tensor stay in this process."""
+        """The images as a copy-on-write memory map; None if the index does not verify them."""
         if not self.bytes:
             return torch.empty(self.shape, dtype=torch.uint8)
         try:
             index, stat = read_json(self.index), self.path.stat()
-        except (ValueError, OSError):  # no index, or the half of one
+        except (ValueError, OSError):  # no index, or a truncated one
             return None
         if not index or stat.st_size != self.bytes or index["shape"] != list(self.shape):
             return None
@@ -149,10 +147,12 @@ class ClassFile:
                 self._write_index(index["sha256"])
         return torch.from_numpy(images)
 
-    def make(self, shards: UPath, entries: Sequence[Manifest], tell: Callable[[int], None]) -> None:
+    def make(
+        self, shards: UPath, entries: Sequence[Manifest], report: Callable[[int], None]
+    ) -> None:
         """Decode the class's shards. Raises ShardError, and OSError if it cannot be written."""
         if self.index.exists():
-            logger.warning("%s is damaged: it is made again", self.path)
+            logger.warning("%s is damaged: decoding it again", self.path)
             self.index.unlink()
         digest = hashlib.sha256()
         try:
@@ -161,7 +161,7 @@ class ClassFile:
                     for block in decoded(shards, entry, self.shape[1:]):
                         digest.update(block.data)
                         _write_all(file, block)
-                        tell(len(block))
+                        report(len(block))
                 os.fsync(file.fileno())
             self.partial.replace(self.path)
         except BaseException:
@@ -178,30 +178,30 @@ def _make(
     shards: UPath,
     files: dict[int, ClassFile],
     entries: dict[int, list[Manifest]],
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> None:
-    """Make these classes, some at a time. Those that another process is making come last: it has
-    made them by then, or has failed.
+    """Decode these classes in parallel. Those locked by another process come last, when it has
+    finished or failed.
     """
 
     def make(c: int, *, wait: bool) -> bool:
         with locked(files[c].path.with_suffix(".lock"), wait=wait) as got:
             if got and files[c].open() is None:
-                files[c].make(shards, entries[c], tell)
+                files[c].make(shards, entries[c], report)
         return got
 
     next(iter(files.values())).path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="store") as threads:
         try:
-            made = dict(zip(files, threads.map(lambda c: make(c, wait=False), files), strict=True))
-            list(threads.map(lambda c: make(c, wait=True), [c for c in made if not made[c]]))
+            done = dict(zip(files, threads.map(lambda c: make(c, wait=False), files), strict=True))
+            list(threads.map(lambda c: make(c, wait=True), [c for c in done if not done[c]]))
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
 
 
 def decoded(shards: UPath, entry: Manifest, shape: tuple[int, ...]) -> Iterator[Pixels]:
-    """The images of a shard in their order, blocks (n, C, H, W) uint8. Raises ShardError."""
+    """Decode a shard's images, in order, as blocks (n, C, H, W) uint8. Raises ShardError."""
     size = max(1, BLOCK_BYTES // math.prod(shape))
     block, filled, count = np.empty((size, *shape), np.uint8), 0, 0
     for suffix, data in read_shard(shards, entry):
@@ -223,12 +223,12 @@ def decoded(shards: UPath, entry: Manifest, shape: tuple[int, ...]) -> Iterator[
 
 
 def _decode(suffix: str, data: bytes, channels: int) -> Pixels:
-    """One image (C, H, W)."""
+    """Decode one image to (C, H, W)."""
     if suffix == "npy":
         pixels = np.load(BytesIO(data), allow_pickle=False)
         stored: Pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
         return stored
-    from torchvision.io import ImageReadMode, decode_image  # 1.4 s, which the driver can do without
+    from torchvision.io import ImageReadMode, decode_image  # 1.4 s to import
 
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -237,7 +237,7 @@ def _decode(suffix: str, data: bytes, channels: int) -> Pixels:
 
 
 def _write_all(file: IO[bytes], block: Pixels) -> None:
-    """A disk that becomes full may take a part."""
+    """Write a block completely; a single write may be partial when the disk fills up."""
     rest = block.data.cast("B")
     while rest:
         rest = rest[file.write(rest) :]
@@ -245,14 +245,14 @@ def _write_all(file: IO[bytes], block: Pixels) -> None:
 
 @contextmanager
 def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[int], None]]:
-    """What is called with the number of images made, and prints progress. An OSError becomes a
-    StoreError that has the bytes needed and free.
+    """Yield a progress callback for the number of decoded images. Converts OSError to a StoreError
+    with the bytes needed and free.
     """
     needed, lock, done = sum(file.bytes for file in files), threading.Lock(), 0
     progress = Progress("store", sum(file.shape[0] for file in files), unit="images")
     progress.printed = progress.started  # a small store needs no line
 
-    def tell(images: int) -> None:
+    def report(images: int) -> None:
         nonlocal done
         with lock:
             done += images
@@ -262,17 +262,17 @@ def _making(directory: Path, files: Sequence[ClassFile]) -> Iterator[Callable[[i
     def error(reason: str) -> StoreError:
         above = next(p for p in (directory, *directory.parents) if p.exists())
         return StoreError(
-            f"cannot make the store of real images in {directory}: {reason}; {needed:,} bytes are "
+            f"cannot write the store of real images in {directory}: {reason}; {needed:,} bytes are "
             f"needed, {shutil.disk_usage(above).free:,} are free there; "
-            "--runtime.local_directory names another place"
+            "set --runtime.local_directory to another directory"
         )
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
         begun = sum(file.partial.stat().st_size for file in files if file.partial.exists())
         if needed - begun > shutil.disk_usage(directory).free:
-            raise error("the disk has too little room")
-        yield tell
+            raise error("not enough disk space")
+        yield report
     except StorageError:
         raise
     except OSError as failure:

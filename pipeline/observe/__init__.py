@@ -1,1 +1,1 @@
-"""What a run shows of itself: progress, metrics, pictures, the report."""
+"""Observability of a run: progress, metrics, tracking, pictures, the report."""

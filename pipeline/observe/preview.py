@@ -1,4 +1,4 @@
-"""Images of a synthetic set as PNG: one by one, and as a contact sheet with the class names."""
+"""PNG images of a synthetic set, single and as a contact sheet with class names."""
 
 import io
 import math
@@ -19,7 +19,7 @@ _CAPTION_LIMIT = 190  # pixels; longer names are cut with an ellipsis
 def to_pixels(image: Tensor) -> npt.NDArray[np.uint8]:
     """(C, H, W) in [0, 1], 1 or 3 channels -> (H, W, 3), rounded and clipped."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image is (1 or 3, height, width), got {tuple(image.shape)}")
+        raise ValueError(f"an image must be (1 or 3, height, width), got {tuple(image.shape)}")
     pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
     return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
 
@@ -32,7 +32,7 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def enlargement(image_size: int, target: int = 96) -> int:
-    """The whole factor that brings an image nearest to `target` pixels, never below 1."""
+    """The integer factor, at least 1, that scales an image closest to `target` pixels."""
     return max(1, round(target / image_size))
 
 
@@ -45,25 +45,24 @@ def preview_png(
     max_classes: int = 100,
     max_images_per_class: int = 10,
 ) -> bytes:
-    """A contact sheet: a row of images for each class, the class name to its left.
+    """Contact sheet: one row of images per class, with the class name to its left.
 
-    Short rows are set in several columns, so that the sheet is wider than tall. A last line says
-    what the limits leave out.
+    Short rows are laid out in several columns, so that the sheet is wider than tall. A last line
+    states what the limits omit.
 
     Args:
         images: (N, C, H, W) in [0, 1], 1 or 3 channels.
         labels: (N,) class indices.
-        class_names: a name for each class; a class without images gets no row.
-        scale: whole factor by which pixels are enlarged (nearest neighbour); None: to about 96
-            pixels an image.
-        max_classes: rows at most.
-        max_images_per_class: images in a row at most.
+        class_names: one name per class; a class without images has no row.
+        scale: integer enlargement (nearest neighbour); None: to about 96 pixels per image.
+        max_classes: maximum number of rows.
+        max_images_per_class: maximum number of images in a row.
 
     Returns:
-        The PNG file, the same bytes for the same arguments.
+        The PNG file, deterministic.
 
     Raises:
-        ValueError: no images, or labels that do not go with images or class names.
+        ValueError: no images, or labels that do not match images or class names.
     """
     _check(images, labels, class_names)
     present = [c for c in range(len(class_names)) if bool((labels == c).any())]
@@ -104,7 +103,7 @@ def _column_starts(
     strip_width: int,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> list[int]:
-    """Where each column's images begin: where its longest caption ends."""
+    """Left edge of each column's images: the end of its longest caption."""
     lefts, right = [], 0
     for first in range(0, len(captions), lines):
         widest = max(font.getlength(caption) for caption in captions[first : first + lines])
@@ -133,7 +132,7 @@ def _fit(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
 
 
 def _lines(rows: int, column_width: int, row_height: int) -> int:
-    """Rows in a column: such that the sheet is about 3:2 and its last column is not left empty."""
+    """Rows per column: the sheet is about 3:2 and its last column well filled."""
 
     def flaw(lines: int) -> float:
         columns = -(-rows // lines)

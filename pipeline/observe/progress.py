@@ -1,6 +1,4 @@
-"""Progress lines that read the same in a terminal and in a job's log, and rows of metrics as JSON
-lines.
-"""
+"""Progress lines for terminals and job logs, and metric rows as JSON lines."""
 
 import json
 import time
@@ -14,9 +12,7 @@ from pipeline.runtime.files import write_atomic
 
 
 class Progress:
-    """Prints one line at most every `interval` seconds, and one at the end: done, of how many,
-    rate, time left.
-    """
+    """Prints progress, rate and time left, at most every `interval` seconds and at the end."""
 
     def __init__(
         self, stage: str, total: int, *, unit: str, done: int = 0, interval: float = 5.0
@@ -26,11 +22,11 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start, more than none."""
+        """Seconds since the start, positive."""
         return max(time.monotonic() - self.started, 1e-9)
 
     def update(self, done: float, **values: float) -> None:
-        """Tell how far the stage is; the values are printed behind it."""
+        """Report progress, with some values to print."""
         now = time.monotonic()
         if now - self.printed < self.interval and done < self.total:
             return
@@ -46,7 +42,7 @@ class Progress:
 
 
 def values_text(values: Mapping[str, object]) -> str:
-    """Values as a person reads them."""
+    """Format named values for display."""
     return ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in values.items()
@@ -62,21 +58,19 @@ def _clock(seconds: float) -> str:
 
 
 def append_rows(path: UPath, rows: Iterable[Mapping[str, Any]], *, fresh: bool = False) -> None:
-    """Add rows to a file of JSON lines; `fresh` starts it anew."""
+    """Append rows to a JSON lines file; `fresh` replaces it."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if fresh or not path.exists():
         write_atomic(path, text)
     elif isinstance(path, Path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
-    else:  # an object is written whole
+    else:  # objects cannot be appended to
         write_atomic(path, path.read_text(encoding="utf-8") + text)
 
 
 def read_rows(path: UPath) -> list[dict[str, Any]]:
-    """All rows of a file of JSON lines; none if there is no file. A last line that was cut off is
-    left out.
-    """
+    """All rows of a JSON lines file, without a truncated last line; empty if there is no file."""
     if not path.exists():
         return []
     rows = []

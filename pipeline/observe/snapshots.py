@@ -1,6 +1,6 @@
-"""Pictures of the synthetic images at some steps of a distillation: small files beside the run.
+"""Snapshots of the synthetic images at some distillation steps, as small PNG files.
 
-Each worker writes those of its classes; a run that goes on writes the same again.
+Each worker writes those of its classes; a resumed run writes identical files again.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from upath import UPath
 from pipeline.observe.preview import png, to_pixels
 from pipeline.runtime.files import write_atomic
 
-SNAPSHOTS = 8  # beside that of the start
-MAX_CLASSES, MAX_IMAGES = 100, 3  # of a snapshot: the first classes, the first images of each
+SNAPSHOTS = 8  # besides that of step 0
+MAX_CLASSES, MAX_IMAGES = 100, 3  # per snapshot: the first classes, the first images of each
 
 
 def snapshot_steps(num_steps: int) -> set[int]:
-    """The steps to be kept: 0, the last, and more at the start, where most happens."""
+    """The steps of the snapshots: 0, the last, and denser at the start, where most changes."""
     return {round(num_steps * (i / SNAPSHOTS) ** 2) for i in range(SNAPSHOTS + 1)}
 
 
@@ -28,9 +28,9 @@ def write_snapshot(directory: UPath, step: int, images: Mapping[int, Tensor]) ->
     """Write step-<step>/class-<class>.png, the images (ipc, C, H, W) of a class side by side."""
     target = directory / f"step-{step:08d}"
     target.mkdir(parents=True, exist_ok=True)
-    for c, mine in images.items():
+    for c, class_images in images.items():
         if c < MAX_CLASSES:
-            strip = torch.cat([*mine[:MAX_IMAGES].detach().float()], dim=-1)
+            strip = torch.cat([*class_images[:MAX_IMAGES].detach().float()], dim=-1)
             write_atomic(target / f"class-{c:04d}.png", png(to_pixels(strip)), durable=False)
 
 
@@ -44,10 +44,10 @@ class Snapshot:
 
 
 def read_snapshots(directory: UPath, classes: int) -> list[Snapshot]:
-    """The snapshots of a distillation in order of their steps; those that lack a class, because the
-    run was cut off, are left out.
+    """The complete snapshots of a distillation, ordered by step; an interruption may have left
+    others that lack classes.
     """
-    found = []
+    snapshots = []
     for path in sorted(directory.glob("step-*")) if directory.exists() else []:
         files = sorted(path.glob("class-*.png"))
         if len(files) < min(classes, MAX_CLASSES):
@@ -59,8 +59,8 @@ def read_snapshots(directory: UPath, classes: int) -> list[Snapshot]:
             images += parts
             labels += [int(file.stem.removeprefix("class-"))] * len(parts)
         step = int(path.name.removeprefix("step-"))
-        found.append(Snapshot(step, torch.stack(images), torch.tensor(labels)))
-    return found
+        snapshots.append(Snapshot(step, torch.stack(images), torch.tensor(labels)))
+    return snapshots
 
 
 def _read(path: UPath) -> Tensor:

@@ -1,7 +1,7 @@
-"""Rows of metrics sent on while a run goes: to TensorBoard, MLflow, Weights & Biases, Prometheus.
+"""Experiment tracking: send metric rows to TensorBoard, MLflow, Weights & Biases, Prometheus.
 
-Rank 0 sends the rows that it writes to metrics.jsonl, which stays the record: a run may be tracked
-anew, or not at all, without a change to its result.
+Rank 0 sends the rows that it writes to metrics.jsonl, which remains the record: tracking never
+changes a run's result.
 """
 
 import logging
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where rows of metrics are sent, beside the run's own metrics.jsonl."""
+    """Destinations of metric rows, besides the run's own metrics.jsonl."""
 
     tensorboard: bool = True
-    """Whether to write <run>/tensorboard/ (not in an object store)."""
+    """Write <run>/tensorboard/ (not in an object store)."""
     mlflow: str | None = None
-    """URI of an MLflow tracking server (http://...), or, where sqlalchemy is installed, of a
-    database (sqlite:///...); needs the extra `mlflow`."""
+    """URI of an MLflow tracking server (http://...), or, if sqlalchemy is installed, of a database
+    (sqlite:///...); needs the extra `mlflow`."""
     wandb: str | None = None
-    """Project of Weights & Biases; needs the extra `wandb`."""
+    """Weights & Biases project; needs the extra `wandb`."""
 
 
 GAUGES = {
@@ -43,34 +43,34 @@ GAUGES = {
     "distill/imbalance": ("ncfm_worker_imbalance", "Work of the slowest worker over the mean"),
     "distill/bytes_per_step": ("ncfm_bytes_per_step", "Bytes that all workers send in a step"),
 }
-"""Key of a row -> Prometheus gauge and what it is. Ray exports each with the prefix ray_."""
+"""Key of a row -> name and description of a Prometheus gauge. Ray adds the prefix ray_."""
 
 
 class Tracker(Protocol):
-    """Where rows go."""
+    """Destination of metric rows."""
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Take one row; its "step" is the step of all its values."""
+        """Log one row; its "step" is the step of all its values."""
         ...
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What trackers are told of a run."""
+    """Description of a run for trackers."""
 
     config: TrackingConfig
     name: str
-    identity: str  # a run that goes on is recognised by it
-    tensorboard: UPath  # where its event files lie
+    identity: str  # identifies a resumed run
+    tensorboard: UPath  # directory of its event files
     directory: UPath  # of the run
     options: Mapping[str, Any]  # by dotted name
 
     def open(self, step: int) -> list[Tracker]:
-        """All trackers that the configuration asks for; rows up to `step` were sent before."""
+        """Open the configured trackers; rows up to `step` have been sent before."""
         trackers: list[Tracker] = [Gauges(self.name)] if _in_ray() else []
         if self.config.tensorboard and isinstance(self.tensorboard, Path):
             trackers.append(TensorBoard(self.tensorboard, purge_step=step + 1))
@@ -91,14 +91,14 @@ def check_tracking(config: TrackingConfig) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            MlflowClient(config.mlflow)  # asks no server yet
+            MlflowClient(config.mlflow)  # does not connect yet
         except (MlflowException, ImportError) as error:
-            why = str(error).splitlines()[0]
-            raise UsageError(f"tracking.mlflow {config.mlflow} cannot be used: {why}") from error
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"tracking.mlflow {config.mlflow} cannot be used: {reason}") from error
 
 
 def _in_ray() -> bool:
-    """Whether this process belongs to a Ray cluster; ray is not imported to find out."""
+    """Whether this process belongs to a Ray cluster, without importing ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
@@ -108,7 +108,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Gauges:
-    """Ray's metrics, which every node exports to Prometheus."""
+    """Prometheus gauges, exported by Ray on every node."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
@@ -119,17 +119,17 @@ class Gauges:
             self._gauges[key].set_default_tags({"run": run})
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Set the gauges that the row has values for."""
+        """Set the gauges of the row's values."""
         for key, gauge in self._gauges.items():
             if key in row:
                 gauge.set(float(row[key]))
 
     def close(self) -> None:
-        """Nothing is left."""
+        """No-op."""
 
 
 class TensorBoard:
-    """Event files, in the format that the package tensorboard shows."""
+    """TensorBoard event files."""
 
     def __init__(self, directory: Path, *, purge_step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -148,7 +148,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the experiment `ncfm` on the tracking server at a URI."""
+    """A run of the experiment `ncfm` on an MLflow tracking server."""
 
     def __init__(self, uri: str, run: TrackedRun) -> None:
         from mlflow import MlflowClient
@@ -156,9 +156,9 @@ class MLflow:
         self._client = MlflowClient(uri)
         known = self._client.get_experiment_by_name("ncfm")
         experiment = known.experiment_id if known else self._client.create_experiment("ncfm")
-        found = self._client.search_runs([experiment], f"tags.ncfm_identity = '{run.identity}'")
-        if found:
-            self._run = found[0].info.run_id
+        runs = self._client.search_runs([experiment], f"tags.ncfm_identity = '{run.identity}'")
+        if runs:
+            self._run = runs[0].info.run_id
             return
         tags = {"mlflow.runName": run.name, "ncfm_identity": run.identity}
         self._run = self._client.create_run(experiment, tags=tags).info.run_id
@@ -179,7 +179,7 @@ class MLflow:
 
 
 class WandB:
-    """A run of a Weights & Biases project; its own environment variables say who is logged in."""
+    """A run of a Weights & Biases project; the login comes from wandb's environment variables."""
 
     def __init__(self, project: str, run: TrackedRun) -> None:
         import wandb
@@ -190,7 +190,7 @@ class WandB:
             id=run.identity,
             name=run.name,
             config=dict(run.options),
-            # A worker's own directory goes with its session, and an offline run with it.
+            # A worker's own directory is deleted with its session, and with it an offline run.
             dir=os.environ.get("WANDB_DIR") or (str(directory) if local else None),
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
@@ -201,15 +201,15 @@ class WandB:
         self._run.log(_numbers(row), step=row["step"])
 
     def close(self) -> None:
-        """Upload the rest."""
+        """Upload the remaining rows."""
         self._run.finish()
 
 
 class Trackers:
-    """Several trackers as one.
+    """Fan-out to several trackers.
 
-    One that cannot be opened is an error; one that fails later is given up with a warning, for a
-    run of many hours must not end by what only watches it.
+    A tracker that cannot be opened is an error; one that fails later is dropped with a warning: a
+    failing tracker must not stop a run.
     """
 
     def __init__(self, run: TrackedRun | None, step: int) -> None:

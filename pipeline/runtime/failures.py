@@ -46,7 +46,7 @@ def guarded(arguments: dict[str, Any]) -> None:
     loop: Callable[[dict[str, Any]], None] = arguments["loop"]
     failure: UPath = arguments["failure"]
     if failure.exists():
-        return  # started again after an error that would only come again: the driver raises it
+        return  # restarted after a permanent error: the driver raises it
     try:
         loop({k: v for k, v in arguments.items() if k not in ("loop", "failure")})
     except PERMANENT as error:

@@ -26,9 +26,9 @@ def record_fatal(checkpoints: UPath, error: NonFiniteLossError, class_names: Seq
 
 
 def fatal_error(checkpoints: UPath) -> str | None:
-    """What `record_fatal` wrote, if it did."""
-    found = read_json(checkpoints / FATAL)
-    return None if found is None else str(found["error"])
+    """The error recorded by `record_fatal`; None if there is none."""
+    record = read_json(checkpoints / FATAL)
+    return None if record is None else str(record["error"])
 
 
 def stragglers(

@@ -1,1 +1,1 @@
-"""One module a stage: its options, what its result depends on, how it is made."""
+"""Stages of the pipeline, one module each: options, identity, build and summary."""

@@ -42,7 +42,7 @@ from pipeline.stages.shard import Shard
 AUDIT_VERSION = 2
 """Raise when this stage's results change; see tests/integration/test_golden.py."""
 SETS = ("distilled", "random", "random_same_factor", "held_out", "noise")
-PAIRS = 8  # images shown beside their nearest real ones
+PAIRS = 8  # images shown with their nearest real ones
 
 # Measure -> which direction is better; None: compare with the value of the real set.
 MEASURES: dict[str, str | None] = {

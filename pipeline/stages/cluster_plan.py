@@ -1,8 +1,8 @@
-"""What a run would need on a cluster that is not there: computed, each figure with its formula.
+"""Estimate a run's disk, memory, network traffic and time on a hypothetical cluster, by formulas.
 
-N images, C classes, H x W x 3 bytes an image, P networks of `weights` numbers with S snapshots, D
-features, K frequencies, G workers of a GPU each. Every figure is an upper bound or an expectation
-that says so; nothing is measured and nothing is started.
+N images, C classes, H x W x 3 bytes per image, P networks of `weights` numbers with S snapshots, D
+features, K frequencies, G workers with one GPU each. Every figure is an upper bound, or marked as
+an expectation; nothing is measured or started.
 """
 
 import math
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 ENCODED = {"png": 0.62, "jpeg": 0.21, "raw": 1.0}
-"""Encoded bytes per byte of an image: means of 150 photographs of Imagewoof at 128 px, measured;
-standard errors 0.008 and 0.003."""
+"""Encoded bytes per pixel byte: measured means of 150 photographs of Imagewoof at 128 px; standard
+errors 0.008 and 0.003."""
 ACTIVATION_BYTES = 512
-"""Of a pixel in the maps of a ConvNet of width 128, about (`ncfm.backend.features`)."""
+"""Approximate activation bytes per pixel of a ConvNet of width 128 (`ncfm.backend.features`)."""
 TRAINING_PASSES = 3.0
-"""Cost of training on an image in forward passes."""
+"""Cost of training on one image, in forward passes."""
 STEP_S, STEP_PASSES, STEP_FLOPS = 0.73, 100 * (500 + 40 * 6), 101.9e6
-"""Seconds, passes and FLOP a pass of a step on an A100 (paper, table 3: the released code,
+"""Seconds and passes per step, and FLOP per pass, on an A100 (paper, table 3: the released code,
 CIFAR-100, IPC 10, psi off; not measured by us)."""
 TIMES = {"optimizer": {"adamw": 3, "sgd": 2}, "live": {"adamw": 4, "sgd": 3}}
-"""Copies of the images in a checkpoint (with AdamW's moments or SGD's momentum), and while a step
-is made (with the gradient)."""
+"""Copies of the images in a checkpoint (with AdamW's moments or SGD's momentum), and during a step
+(with the gradient)."""
 
 
 class Gpu(NamedTuple):
-    """From the vendor's data sheet."""
+    """GPU memory and bandwidth, from the vendor's data sheet."""
 
     memory: float  # bytes
     bandwidth: float  # bytes/s, which bounds a step
@@ -63,12 +63,12 @@ class Figure:
     text: str
     formula: str
     problem: str = ""
-    """Why it does not fit, and which option mends it."""
+    """Why it does not fit, and which option to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the figures follow from."""
+    """Sizes of the data and the network."""
 
     counts: Sequence[int]  # train images of each class
     images: int  # of all splits
@@ -78,7 +78,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: "RunConfig", counts: Sequence[int], images: int) -> "Sizes":
-        """With the network's, which is built without memory."""
+        """Sizes with those of the network, which is built on the meta device."""
         from pipeline.stages.probe import forward_flops, image_spec
 
         spec = image_spec(config, len(counts))
@@ -102,7 +102,7 @@ class Sizes:
 
 def cluster_figures(config: "RunConfig", sizes: Sizes) -> list[Figure]:
     """Disk, memory, network and hours of a run on plan.nodes x plan.gpus_per_node GPUs. Raises
-    UsageError for a GPU that the table does not have.
+    UsageError for a GPU that is not in the table.
     """
     gpu = GPUS.get((config.plan.gpu or "a100").lower())
     if gpu is None:
@@ -221,7 +221,7 @@ def network_figure(config: "RunConfig", sizes: Sizes, groups: Sequence[Group]) -
 def time_figures(
     config: "RunConfig", sizes: Sizes, passes: float, workers: int, gpu: Gpu
 ) -> list[Figure]:
-    """Seconds of a step, and of the stages that take long; expectations, from the paper's A100."""
+    """Expected seconds per step, and of the long stages, scaled from the paper's A100."""
     speed = STEP_PASSES * STEP_FLOPS / STEP_S * gpu.bandwidth / GPUS["a100"].bandwidth  # FLOP/s
     passed = sizes.pass_flops / speed  # seconds of a pass
     train = TRAINING_PASSES * passed * sum(sizes.counts)
@@ -248,7 +248,7 @@ def time_figures(
 
 
 def cluster_lines(figures: Sequence[Figure]) -> str:
-    """The figures as lines of text: what, how much, how computed; then what does not fit."""
+    """The figures as text: name, value, formula; then the problems."""
     width = max(len(figure.name) for figure in figures)
     wide = max(len(figure.text) for figure in figures)
     lines = [f"[plan] {f.name.ljust(width)}  {f.text.ljust(wide)}  {f.formula}" for f in figures]

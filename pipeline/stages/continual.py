@@ -116,13 +116,13 @@ def moments(num_classes: int, config: ContinualConfig, seed: int) -> list[Moment
 
 
 def continual_rows(
-    found: Sequence[tuple[str, Moment]], accuracies: Sequence[float]
+    points: Sequence[tuple[str, Moment]], accuracies: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Rows {"set", "steps", "step", "classes", "accuracy": [..repeats..], "mean", "std"} from the
     accuracies in [0, 1] of (set, moment).
     """
     groups: dict[tuple[str, int, int], list[tuple[Moment, float]]] = {}
-    for (name, moment), value in zip(found, accuracies, strict=True):
+    for (name, moment), value in zip(points, accuracies, strict=True):
         groups.setdefault((name, moment.steps, moment.step), []).append((moment, value))
     return [
         {

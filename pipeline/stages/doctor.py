@@ -1,4 +1,4 @@
-"""Stage doctor: which of this machine's resources a run would use, and what is missing."""
+"""Stage doctor: resources of this machine that a run would use, and missing ones."""
 
 import os
 import platform
@@ -16,11 +16,11 @@ from pipeline.runtime.workers import joins
 
 EXTRAS = {"optuna": "tune.sampler optuna", "mlflow": "tracking.mlflow", "wandb": "tracking.wandb",
     "s3fs": "s3://", "gcsfs": "gs://"}  # fmt: skip
-"""Package of an extra -> what needs it."""
+"""Package of an extra -> the option or URI that needs it."""
 
 
 class Doctor(Action):
-    """Prints it; nothing is started or written."""
+    """Print the diagnosis; nothing is started or written."""
 
     name = "doctor"
     writes = False
@@ -34,7 +34,7 @@ class Doctor(Action):
 
 
 def diagnosis(storage: object) -> dict[str, str]:
-    """What there is -> in words, with what to do where something is missing."""
+    """Resource -> its state, with the remedy if it is missing."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     missing = [f"{name} ({use})" for name, use in EXTRAS.items() if find_spec(name) is None]
     return {

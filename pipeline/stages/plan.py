@@ -37,15 +37,15 @@ class PlanConfig:
     """Estimate of a run's resources."""
 
     nodes: int | None = None
-    """Compute for a cluster of so many nodes, from formulas, instead of measuring this machine."""
+    """Estimate by formulas for a cluster of this many nodes, instead of measuring this machine."""
     gpus_per_node: int = 8
-    """Of such a node."""
+    """With `nodes`: GPUs per node."""
     disk_gib_per_node: float | None = None
-    """Room for the store on such a node; None: it is not checked."""
+    """With `nodes`: disk for the store per node, GiB; None: not checked."""
     classes: int | None = None
-    """With `nodes`: classes of a data set that is not at hand."""
+    """With `nodes`: number of classes, for a data set that is not available."""
     images: int | None = None
-    """With `nodes`: its images."""
+    """With `nodes`: number of images of that data set."""
     gpu: str | None = None
     """With `nodes`: a100, h100, h200 or l4. Else predict for this GPU from a table, not probing
     this machine."""
@@ -63,7 +63,7 @@ class PlanConfig:
                 raise ValueError(f"plan.{name} must be at least 1, got {value}")
         if (self.classes is None) != (self.images is None):
             raise ValueError(
-                f"plan.classes and plan.images belong together, got {self.classes}, {self.images}"
+                f"plan.classes and plan.images go together, got {self.classes}, {self.images}"
             )
 
 
@@ -86,7 +86,7 @@ class Plan(Action):
             log(cluster_lines(cluster_figures(self.config, self._sizes())))
 
     def _sizes(self) -> Sizes:
-        """Those of the data that are named, or else of the source."""
+        """Sizes from plan.classes and plan.images, or else from the source."""
         plan = self.config.plan
         if plan.classes is not None and plan.images is not None:
             each = plan.images // plan.classes
@@ -195,7 +195,7 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
 
 
 def train_counts(source: Source) -> list[int]:
-    """Train images of each class."""
+    """Number of training images of each class."""
     counts = [0] * len(source.class_names)
     for sample in source.samples("train"):
         counts[sample.label] += 1
@@ -257,21 +257,21 @@ def shard_bytes(config: "RunConfig", source: Source) -> int:
     return round(sum(sizes) / len(sizes) * len(samples))
 
 
-def estimate_lines(found: Estimate, config: "RunConfig") -> str:
+def estimate_lines(plan: Estimate, config: "RunConfig") -> str:
     """The plan as lines of text."""
-    total = found.pretrain_s + found.distill_s + found.evaluate_s
-    kind = "GPU" if found.use_gpu else "CPU"
+    total = plan.pretrain_s + plan.distill_s + plan.evaluate_s
+    kind = "GPU" if plan.use_gpu else "CPU"
     lines = [
-        ("shards on disk", f"{memory(found.shard_bytes)} ({found.images} images)"),
-        ("decoded images on disk", f"{memory(found.store_bytes)} on every node, at most"),
-        ("workers", f"{found.workers}, a {kind} each"),
-        ("memory per worker", memory(found.memory)),
-        ("GPU memory per worker", memory(found.gpu_memory) if found.use_gpu else "none"),
-        ("network per step", f"{found.network_bytes:,} bytes, all workers together"),
-        ("step", f"{found.step_s:.3g} s ({found.step_source})"),
-        ("distillation", f"{duration(found.distill_s)} ({config.distill.num_steps} steps)"),
-        ("pretraining", f"about {duration(found.pretrain_s)}"),
-        ("evaluation", f"about {duration(found.evaluate_s)}"),
-        ("all", f"about {duration(total)}, {total * found.workers / 3600:.2g} {kind} hours"),
+        ("shards on disk", f"{memory(plan.shard_bytes)} ({plan.images} images)"),
+        ("decoded images on disk", f"{memory(plan.store_bytes)} on every node, at most"),
+        ("workers", f"{plan.workers}, a {kind} each"),
+        ("memory per worker", memory(plan.memory)),
+        ("GPU memory per worker", memory(plan.gpu_memory) if plan.use_gpu else "none"),
+        ("network per step", f"{plan.network_bytes:,} bytes, all workers together"),
+        ("step", f"{plan.step_s:.3g} s ({plan.step_source})"),
+        ("distillation", f"{duration(plan.distill_s)} ({config.distill.num_steps} steps)"),
+        ("pretraining", f"about {duration(plan.pretrain_s)}"),
+        ("evaluation", f"about {duration(plan.evaluate_s)}"),
+        ("all", f"about {duration(total)}, {total * plan.workers / 3600:.2g} {kind} hours"),
     ]
     return "\n".join(f"[plan] {name.ljust(22)} {value}" for name, value in lines)

@@ -1,4 +1,4 @@
-"""Stage presets: the presets that come with the project, with the result or the cost of each."""
+"""Stage presets: list the project's presets, with the result or the cost of each."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 class Presets(Action):
-    """Lists the presets; nothing is started or written."""
+    """List the presets; nothing is started or written."""
 
     name = "presets"
     writes = False
@@ -20,7 +20,7 @@ class Presets(Action):
 
 
 def preset_summary(text: str) -> str:
-    """A preset's first line, and what its header says was measured or would be the cost."""
+    """A preset's first line, and the measured result or estimated cost from its header."""
     comments = [line.removeprefix("#").strip() for line in text.splitlines() if line[:1] == "#"]
     first, *others = comments
     known = [line for line in others if line.startswith(("Measured: ", "Not run: "))]

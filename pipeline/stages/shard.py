@@ -46,7 +46,7 @@ class Shard(Stage):
         return self.config.cache("shard", shard_identity(self.run.source, self.config.shard))
 
     def check(self) -> None:
-        """See Action; also that the store of decoded images will have room on this machine."""
+        """See Action; also checks the disk space for decoded images on this machine."""
         super().check()
         if joins() or (self.directory / "manifest.json").exists():
             return
@@ -167,7 +167,7 @@ def shard(source: Source, config: ShardConfig, directory: UPath) -> Manifest:
         for record in json.loads(row["records"]):
             if reason := record.get("storage_error"):
                 raise StorageError(
-                    " ".join(f"{reason}; the same command goes on from here".split())
+                    " ".join(f"{reason}; the same command resumes from here".split())
                 )
             records[record["name"]] = record
             bad += record["quarantine"]

@@ -176,7 +176,7 @@ def submit_and_stop(client: Client, runs: UPath, name: str) -> int:
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert f"'{name}' was stopped" in client.ray("job", "status", name).stdout
     log = client.ray("job", "logs", name).stdout
-    assert "interrupted; the same command goes on" in log
+    assert "interrupted; the same command resumes" in log
     assert "Traceback" not in log, log
     assert "SIGTERM" not in log, log
     assert "\x1b" not in log[log.index("[shard]") :]
@@ -278,7 +278,7 @@ def test_ctrl_c_ends_quickly_and_the_same_command_goes_on(
         # An agent of Ray that was still starting looks for its head for up to a minute.
         assert wait_until_gone(started, 90) == set()
         text = log.read_text()
-        assert "interrupted; the same command goes on" in text
+        assert "interrupted; the same command resumes" in text
         assert text.count("Traceback") == 0, text
         assert seconds < 30  # 10 s on a machine that does nothing else
     finally:

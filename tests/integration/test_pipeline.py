@@ -124,7 +124,7 @@ def test_a_store_that_cannot_be_made_ends_the_run_in_one_line(tiny: tuple[Path, 
     with pytest.raises(WorkerError) as caught:
         run(tiny[0], "--name", "no-disk", *options)
     line = str(caught.value)
-    assert f"cannot make the store of real images in {directory}/ncfm-store-" in line
+    assert f"cannot write the store of real images in {directory}/ncfm-store-" in line
     assert "Not a directory; " in line
     assert "\n" not in line
     assert not (tiny[0] / "runs" / "no-disk" / "distilled").exists()

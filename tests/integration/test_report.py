@@ -243,7 +243,7 @@ def test_cost_configuration_and_provenance(page: Page) -> None:
         "python pipeline/run.py --distill.lr 0.01",
         "git checkout " + "0123456789" * 4,
         "python pipeline/run.py --config config.toml --name trial-again",
-        "not committed",
+        "uncommitted changes",
         "torch 2.99.1",
         "feedbeefdeadcafe",
         "seed 7",

@@ -93,7 +93,7 @@ def page(full: UPath) -> Page:
 def test_accuracies_have_intervals_and_best_on_test_beside_the_last_epoch(page: Page) -> None:
     assert "Distilled 63.0 ± 3.6 58.0 to 68.0 70.0 ± 0.0 +21.0 2 convnet 3 30" in page.text
     assert "chosen on the test images themselves" in page.text
-    assert "Protocol: paper, but for repeats." in page.text
+    assert "Protocol: paper, except for repeats." in page.text
     assert "+29.0 +21.0 0.250" in page.text
     assert "not comparable with the DD-Ranking leaderboard" in page.text
 
@@ -110,8 +110,8 @@ def test_several_networks_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_best_and_worst_classes_with_what_they_are_taken_for(page: Page) -> None:
-    assert "dog 90.0 %; most often taken for cat (10 %)" in page.text
-    assert "tench, Tinca tinca 40.0 %; most often taken for dog (30 %)" in page.text
+    assert "dog 90.0 %; most often predicted as cat (10 %)" in page.text
+    assert "tench, Tinca tinca 40.0 %; most often predicted as dog (30 %)" in page.text
     figure = next(f for f in page.figures() if f["data"][0]["type"] == "heatmap")
     assert figure["data"][0]["z"] == [[0.8, 0.2, 0], [0.1, 0.9, 0], [0.3, 0.3, 0.4]]
 

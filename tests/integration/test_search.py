@@ -65,14 +65,14 @@ def command(tmp_path: Path, text: str):
         ('[tune.space."frequencies.sampler"]\ngrid = ["psy"]', "gaussian.*psi.*psy"),
         ('[tune.space."distill.lr"]\nuniform = [-1, 1]', "lr must be positive, got -1"),
         ("[tune.space.ipc]\ngrid = [1, 0]", "ipc must be at least 1, got 0"),
-        ('[tune.space."evaluate.repeats"]\nchoice = [1]', "searched can be"),
-        ('[tune.space."distill.num_steps"]\nchoice = [1]', "searched can be"),
-        ('[tune.space."seed"]\nchoice = [1]', "searched can be"),
+        ('[tune.space."evaluate.repeats"]\nchoice = [1]', "searchable are"),
+        ('[tune.space."distill.num_steps"]\nchoice = [1]', "searchable are"),
+        ('[tune.space."seed"]\nchoice = [1]', "searchable are"),
         ("[tune]\nrungs = [0.5, 0.1]\n[tune.space.ipc]\ngrid = [1]", "tune.rungs must be rising"),
-        ('[tune]\nsampler = "optuna"\n[tune.space.ipc]\ngrid = [1]', "no grid, but choice: ipc"),
+        ('[tune]\nsampler = "optuna"\n[tune.space.ipc]\ngrid = [1]', "needs choice, not grid: ipc"),
         (
             '[tune]\nsampler = "optuna"\n[tune.space."pretrain.training.lr"]\nuniform = [1, 2]',
-            "needs a choice",
+            "need a choice",
         ),
         (
             '[tune]\nsamples = 1\n[tune.space."frequencies.num_freqs"]\ngrid = [64, 100]\n'

@@ -374,5 +374,5 @@ def test_wrong_files_are_told_in_one_line(cifar: list[Row], tmp_path: Path) -> N
             open_source(SourceConfig(kind="parquet", **options))
         assert "\n" not in str(caught.value)
     files[-1].write_bytes(files[-1].read_bytes()[:200])
-    with pytest.raises(SourceError, match="no whole Parquet file"):
+    with pytest.raises(SourceError, match="not a valid Parquet file"):
         open_source(SourceConfig(kind="parquet", path=str(tmp_path / "p")))

@@ -260,7 +260,7 @@ def small_disk(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("size", "reason", "free"),
-    [("8k", "the disk has too little room", "8,192"), ("12k", "No space left on device", "0")],
+    [("8k", "not enough disk space", "8,192"), ("12k", "No space left on device", "0")],
 )
 def test_a_full_disk_is_told_with_the_bytes(
     shards: Store, small_disk: Path, size: str, reason: str, free: str
@@ -270,9 +270,9 @@ def test_a_full_disk_is_told_with_the_bytes(
         _, error = process.communicate()
     assert process.returncode == 1
     (line,) = error.splitlines()
-    assert f"error: cannot make the store of real images in {small_disk}/ncfm-store-" in line
+    assert f"error: cannot write the store of real images in {small_disk}/ncfm-store-" in line
     assert f": {reason}; 8,208 bytes are needed, " in line
-    assert line.endswith("free there; --runtime.local_directory names another place")
+    assert line.endswith("free there; set --runtime.local_directory to another directory")
     assert f"needed, {free} are free" in line or size == "12k"  # the pages of what was begun
 
 
@@ -298,7 +298,7 @@ def test_too_little_room_is_found_before_anything_is_read(
 ) -> None:
     shards.images("train", [2])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=7871))
-    with pytest.raises(StorageError, match=r"room; 7,872 bytes are needed, 7,871 are free there"):
+    with pytest.raises(StorageError, match=r"space; 7,872 bytes are needed, 7,871 are free there"):
         shards.images("train")
     assert len(contents(shards)) == 1
     # What a killed process has begun will be written over: it is no room that is missing.
@@ -353,7 +353,7 @@ def test_the_place_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert own.stat().st_mode & 0o077 == 0
     monkeypatch.setattr("os.getuid", lambda: 12345)
     (tmp_path / "ncfm-ray-12345").mkdir()
-    with pytest.raises(StorageError, match="somebody else's"):
+    with pytest.raises(StorageError, match="another user"):
         store_root(cache, None)
 
 

@@ -1,8 +1,8 @@
-"""Where real images come from: one module a kind of source, and their common options.
+"""Sources of real images: one module per kind, and their common options.
 
-A source lists its samples and reads one of them; the shard stage does the rest. To add one: a
-module as `Kind` describes it, in this folder or anywhere, with a `SampleList` that has a static
-`read`.
+A source lists its samples and reads one at a time; the shard stage does the rest. To add one, write
+a module that implements `Kind`, here or in any package, with a subclass of `SampleList` that has a
+static `read`.
 """
 
 import pkgutil
@@ -42,26 +42,26 @@ KINDS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in NO
 
 
 SPECIAL = ("name", "download", "subset", "val_path", "image", "label", "class_names")
-"""Options that mean something for some kinds alone."""
+"""Options that apply only to some kinds."""
 
 
 class Kind(Protocol):
-    """The module of a kind of source."""
+    """Interface of the module of a kind of source."""
 
     PATH: str | None
-    """What source.path must be; None: it takes none."""
+    """Description of source.path; None: the kind takes no path."""
     OPTIONS: tuple[str, ...]
-    """The other options of `SourceConfig` that mean something for this kind but not for all."""
+    """The options of `SPECIAL` that apply to this kind."""
 
     @staticmethod
     def open_source(config: "SourceConfig") -> Source:
-        """The source. Raises SourceError."""
+        """Open the source. Raises SourceError."""
         ...
 
 
 def source_kind(name: str) -> Kind:
-    """The module of a kind: one of `pipeline.data.sources`, or, with a dot in it, any. Raises
-    ValueError if there is none.
+    """The module of a kind: one of `pipeline.data.sources`, or any module if the name is dotted.
+    Raises ValueError if there is none.
     """
     if "." not in name and name not in KINDS:
         raise ValueError(
@@ -72,45 +72,45 @@ def source_kind(name: str) -> Kind:
         module: Any = import_module(name if "." in name else f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
-            raise  # what is missing is something that the module imports
+            raise  # an import inside the module failed
         raise ValueError(f"source.kind: there is no module {name!r}") from error
     return cast(Kind, module)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where the real images come from."""
+    """Source of the real images."""
 
     kind: str = "builtin"
-    """`builtin`: crops of ten photographs that come with scikit-image. `folder`: a tree of images.
-    `torchvision`: one of its data sets, by source.name. `parquet`: files as the Hugging Face hub
-    has them. `webdataset`: tars. With a dot in it: a module of your own (`Kind`)."""
+    """`builtin`: crops of ten photographs from scikit-image. `folder`: a tree of images.
+    `torchvision`: one of its data sets, by source.name. `parquet`: files as on the Hugging Face
+    hub. `webdataset`: tars. A dotted name: a module of your own (`Kind`)."""
     path: str | None = None
-    """Directory, file or pattern, here or in an object store (s3://, gs://, ...; credentials are
-    those of the environment). Of a folder: with train/<class>/ and val/<class>/ (or validation/, or
-    test/), or with <class>/ alone. Of Parquet files and tars: names that begin with train, and with
-    val, validation or test, or folders of these names."""
+    """Directory, file or pattern, local or in an object store (s3://, gs://, ...; credentials come
+    from the environment). folder: contains train/<class>/ and val/<class>/ (or validation/, or
+    test/), or only <class>/. parquet, webdataset: names that begin with train, and with val,
+    validation or test, or folders of these names."""
     val_path: str | None = None
-    """parquet, webdataset: where val is, if not under source.path."""
+    """parquet, webdataset: the val files, if not under source.path."""
     name: Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN"] | None = None
     """torchvision: the data set."""
     download: bool = False
-    """torchvision: whether to download what is not under source.path."""
+    """torchvision: download the data set if it is not under source.path."""
     subset: str | None = None
     """folder: of ImageNet, imagenette, imagewoof, imagefruit, imagemeow, imagesquawk or
     imageyellow; or the folders to take, separated by commas, in the order of their labels."""
     image: str | None = None
-    """parquet: the column of the images; default: the first that can be one."""
+    """parquet: the image column; default: the first column that can hold images."""
     label: str | None = None
-    """parquet: the column of the labels; webdataset: their field in the json. Default: label, and
-    what else is usual."""
+    """parquet: the label column; webdataset: the label's field in the json. Default: label, and for
+    parquet other usual names."""
     class_names: list[str] | None = None
-    """parquet, webdataset: names of the integer labels 0, 1, ..., where the data have none."""
+    """parquet, webdataset: names of the integer labels 0, 1, ..., if the data have none."""
     val_fraction: float = 0.1
-    """Part of each class that is held out as val where the source has no val part of its own."""
+    """Fraction of each class held out as val, if the source has no val split."""
     selection_fraction: float = 0.0
-    """Part of each class of train that is held out as `select`, to choose hyperparameters by; a
-    search needs it, since nothing may be chosen on val."""
+    """Fraction of each training class held out as `select`, for choosing hyperparameters, which
+    must not be chosen on val; a search needs it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -141,7 +141,7 @@ class SourceConfig:
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The source that the configuration names. Raises SourceError."""
+    """Open the configured source. Raises SourceError."""
     try:
         return source_kind(config.kind).open_source(config)
     except SourceError:
@@ -151,9 +151,9 @@ def open_source(config: SourceConfig) -> Source:
             raise
         raise SourceError(
             f"source.path {config.path} needs a package: {error}; "
-            "the project's extras s3 and gcs have those of s3:// and gs://"
+            "the project's extras s3 and gcs install those for s3:// and gs://"
         ) from error
-    except Exception as error:  # of whatever kind the library of an object store has for it
+    except Exception as error:  # object store libraries raise errors of their own
         if not isinstance(error, OSError) and "://" not in str(config.path):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())

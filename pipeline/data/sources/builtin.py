@@ -1,4 +1,4 @@
-"""Source builtin: crops of photographs that are on every machine that can run this."""
+"""Source builtin: crops of photographs from scikit-image's wheel."""
 
 import hashlib
 import random
@@ -39,11 +39,11 @@ OPTIONS: tuple[str, ...] = ()
 
 
 class BuiltinSource(SampleList):
-    """Ten classes: square crops, of varied size and place, of ten photographs.
+    """Ten classes: square crops, of varied size and position, of ten photographs.
 
-    A photograph is divided into a grid of blocks. Val crops lie inside blocks that are a knight's
-    move apart, a fifth of the picture and spread all over it; train crops lie anywhere outside
-    those blocks. So no pixel belongs to both.
+    A photograph is divided into a grid of blocks. Val crops lie inside blocks a knight's move
+    apart, a fifth of the area spread over the picture; train crops lie outside those blocks. The
+    splits share no pixel.
     """
 
     def __init__(self, selection_fraction: float = 0.0) -> None:
@@ -60,24 +60,24 @@ class BuiltinSource(SampleList):
                     part.append(Sample(key, label, name, box))
                     versions.append(astuple(part[-1])[:4])
         names = [Path(name).stem for name in PHOTOGRAPHS]
-        found = Found(names, samples["train"], samples["val"], versions)
-        super().__init__(found, val_fraction=0, selection_fraction=selection_fraction)
+        contents = Found(names, samples["train"], samples["val"], versions)
+        super().__init__(contents, val_fraction=0, selection_fraction=selection_fraction)
 
     @staticmethod
     def read(sample: Sample) -> Image.Image:
-        """Cut one crop."""
+        """Read one crop."""
         left, upper, right, lower = sample.where
         return _photograph(sample.uri).crop((left, upper, right, lower))
 
 
 def _crops(name: str, size: tuple[int, int], split: Split) -> list[Box]:
-    """Rectangles of a split in a photograph of this (width, height)."""
+    """Crop rectangles of a split in a photograph of this (width, height)."""
     width, height = size
     blocks = min(8, min(size) // SMALLEST_BLOCK)  # along a side
     w, h = width // blocks, height // blocks
     cells = [(x, y) for y in range(blocks) for x in range(blocks) if (x + 2 * y) % 5 == 2]
     val = [(x * w, y * h, (x + 1) * w, (y + 1) * h) for x, y in cells]
-    # Python promises the same random() from a text seed in every version; NumPy does not.
+    # Python guarantees the same random() for a string seed in every version; NumPy does not.
     uniform = random.Random(f"{name}/{split}").random
     boxes: list[Box] = []
     while len(boxes) < CROPS_PER_CLASS[split]:
@@ -96,7 +96,7 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def _photograph_path(name: str) -> Path:
-    # By path: skimage.data would go and download what it does not find.
+    # By path: skimage.data would download missing files.
     spec = find_spec("skimage")
     places = list(spec.submodule_search_locations or ()) if spec else []
     for place in places:
@@ -104,11 +104,11 @@ def _photograph_path(name: str) -> Path:
             return path
     raise SourceError(
         f"the built-in photograph {name} is not in {places or 'this Python'}; "
-        "the wheel of scikit-image 0.25 or later has it"
+        "the wheel of scikit-image 0.25 or later contains it"
     )
 
 
-@lru_cache(maxsize=2)  # a shard takes all its crops from one photograph
+@lru_cache(maxsize=2)  # all crops of a shard are from one photograph
 def _photograph(name: str) -> Image.Image:
     return read_image(_photograph_path(name).read_bytes())
 

@@ -1,4 +1,4 @@
-"""Data sets that are a few large files: which files are which split, and what labels mean."""
+"""Data sets in a few large files: assign files to splits, and labels to classes."""
 
 import re
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ class DataFile(NamedTuple):
 
     @property
     def part(self) -> str | None:
-        """train, val or test, if its name begins so, or that of a folder it is in."""
+        """train, val or test, if its name or that of a folder it is in begins so."""
         parts = (SPLIT_NAME.match(part) for part in PurePosixPath(self.name).parts)
         return next((match[1].lower() for match in parts if match), None)
 
 
 class Labelled(NamedTuple):
-    """An image with its label as the data set has it."""
+    """An image with its raw label."""
 
     key: str
     label: object
@@ -41,7 +41,7 @@ class Labelled(NamedTuple):
 def split_files(
     path: str, val_path: str | None, suffix: str
 ) -> tuple[list[DataFile], list[DataFile] | None]:
-    """The files of train and of val; None where there are none of val. Raises SourceError."""
+    """The train files, and the val files or None. Raises SourceError."""
     files = find_files(path, suffix)
     if val_path is not None:
         return files, find_files(val_path, suffix)
@@ -53,14 +53,14 @@ def split_files(
     if "train" not in parts:
         raise SourceError(
             f"no file of source.path {path} has a name that begins with train, "
-            f"as one must beside {files[0].name}"
+            f"which is required with {files[0].name}"
         )
     return parts["train"], parts.get("val") or parts.get("test")
 
 
 def find_files(pattern: str, suffix: str) -> list[DataFile]:
-    """The files that a path, a directory or a pattern (braces, stars) names. Raises SourceError."""
-    found: dict[str, DataFile] = {}
+    """The files of a path, a directory or a pattern (braces, stars). Raises SourceError."""
+    files: dict[str, DataFile] = {}
     for url in braceexpand(pattern):
         url = url if "://" in url else str(Path(url).expanduser().absolute())
         fs, path = url_to_fs(url)
@@ -79,8 +79,8 @@ def find_files(pattern: str, suffix: str) -> list[DataFile]:
             uri = name if "file" in _protocols(fs) else fs.unstrip_protocol(name)
             relative = name[len(base) + 1 :] if base is not None else PurePosixPath(name).name
             version = "/".join(str(info.get(field)) for field in VERSION_FIELDS)
-            found[uri] = DataFile(uri, relative, version)
-    return list(found.values())
+            files[uri] = DataFile(uri, relative, version)
+    return list(files.values())
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
@@ -95,8 +95,8 @@ def sort_labels(
     versions: Sequence[object],
     rejected: Sequence[Rejected],
 ) -> Found:
-    """The classes and samples. Labels are numbers or names of classes; `names` are those of the
-    classes 0, 1, ... if they are known, else the classes are the labels that there are.
+    """Map labels to classes. Labels are class indices or names; `names` are the names of classes
+    0, 1, ..., if known, else the classes are the labels that occur.
     """
     everything = [*train, *(val or ())]
     if names is None:

@@ -1,4 +1,4 @@
-"""Source folder: images in a tree of folders, one a class."""
+"""Source folder: images in a directory tree with one folder per class."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from pipeline.data.sources.data_files import SPLIT_NAME
 from pipeline.data.sources.source import Found, Sample, SampleList
 from pipeline.errors import SourceError
 
-KAGGLE = "Data/CLS-LOC"  # where ImageNet as Kaggle packs it has train/ and val/
+KAGGLE = "Data/CLS-LOC"  # holds train/ and val/ in Kaggle's ImageNet
 KAGGLE_LABELS = "LOC_val_solution.csv"
 TINY_LABELS = "val_annotations.txt"  # beside Tiny ImageNet's images/
 
@@ -27,13 +27,13 @@ OPTIONS = ("subset",)
 
 
 class FolderSource(SampleList):
-    """An ImageFolder tree: train/<class>/**/<image> and val/ alike (or Val/, validation/, test/),
-    or <class>/ alone.
+    """An ImageFolder tree: train/<class>/**/<image> and the same below val/ (or Val/, validation/,
+    test/), or only <class>/.
 
-    Classes are the folders' names, sorted, or those of `subset` in its order; those of ImageNet
-    whose words are known bear these instead of n01440764. A key is the path below the root.
-    ImageNet may be as Kaggle packs it, with a flat val/ and a file of its labels, and Tiny ImageNet
-    as its authors do, with val/val_annotations.txt and words.txt.
+    Classes are the sorted folder names, or those of `subset` in its order; ImageNet classes with
+    known names are called by them instead of n01440764. A key is the path below the root. Kaggle's
+    layout of ImageNet, with a flat val/ and a label file, is supported, and the authors' layout of
+    Tiny ImageNet, with val/val_annotations.txt and words.txt.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class FolderSource(SampleList):
                 "train/<class>/ and val/<class>/, or <class>/"
             )
         try:
-            found = self._find(subset)
+            contents = self._find(subset)
         except OSError as error:
             place = error.filename or self.root
             raise SourceError(f"cannot list {place}: {error.strerror or error}") from error
-        super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
+        super().__init__(contents, val_fraction=val_fraction, selection_fraction=selection_fraction)
         if not self.samples("train") or not self.samples("val"):
             split = "val" if self.samples("train") else "train"
             raise SourceError(
@@ -75,7 +75,7 @@ class FolderSource(SampleList):
         base = self.root / train_part
         folders = _folders(base)
         if not folders:
-            raise SourceError(f"{base} has no class folders; images belong into {base}/<class>/")
+            raise SourceError(f"{base} has no class folders; images belong in {base}/<class>/")
         names = {folder: folder for folder in folders}
         if subset:
             names = subset_folders(subset)
@@ -85,9 +85,9 @@ class FolderSource(SampleList):
                     f"{subset}: {', '.join(missing[:3])}"
                 )
         elif val_part and not (self.root / val_part / TINY_LABELS).exists():
-            # Classes of val alone: their images are listed as left out, not passed over.
-            strange = [name for name in _folders(self.root / val_part) if name not in names]
-            names.update({name: name for name in strange})
+            # Classes that only val has: their images are listed as rejected, not ignored.
+            val_only = [name for name in _folders(self.root / val_part) if name not in names]
+            names.update({name: name for name in val_only})
         versions: list[object] = []
         train = self._list(train_part, list(names), versions)
         val = self._list(val_part, list(names), versions) if val_part else None
@@ -107,8 +107,8 @@ class FolderSource(SampleList):
         return samples
 
     def _flat_labels(self, part: str) -> dict[str, str]:
-        """File name without suffix -> class, of a part whose images are in no class folders: by the
-        table of ImageNet as Kaggle packs it, or by that of Tiny ImageNet. Empty if there is none.
+        """File name without suffix -> class, for a split without class folders, from the label file
+        of Kaggle's ImageNet or of Tiny ImageNet. Empty if there is none.
         """
         annotations = self.root / part / TINY_LABELS
         if annotations.exists():
@@ -124,18 +124,18 @@ class FolderSource(SampleList):
     def _flat(
         self, part: str, labelled: Mapping[str, str], folders: Sequence[str], versions: list[object]
     ) -> list[Sample]:
-        """Images of a part without class folders, by the table of their labels."""
+        """List the images of a split without class folders, by their label file."""
         labels = {name: label for label, name in enumerate(folders)}
         samples = []
         for relative, uri, version in list_images(self.root / part):
             label = labels.get(labelled.get(PurePosixPath(relative).stem, ""))
-            if label is not None:  # else of a class that is not wanted
+            if label is not None:  # else the class is not in the subset
                 samples.append(Sample(f"{part}/{relative}", label, uri))
                 versions.append([samples[-1].key, version, label])
         return samples
 
     def _words(self) -> dict[str, str]:
-        """Class -> its first name, from the words.txt that Tiny ImageNet has."""
+        """Class -> its first name, from Tiny ImageNet's words.txt."""
         path = self.root / "words.txt"
         lines = path.read_text().splitlines() if path.exists() else []
         pairs = (line.split("\t", 1) for line in lines if "\t" in line)
@@ -148,8 +148,8 @@ class FolderSource(SampleList):
 
 
 def subset_folders(subset: str) -> dict[str, str]:
-    """Folder -> name of the class, in the order of the labels, of a subset of ImageNet by its name,
-    or of folders separated by commas. Raises SourceError.
+    """Folder -> class name, in the order of the labels, for a named subset of ImageNet or
+    comma-separated folders. Raises SourceError.
     """
     subsets, known = _imagenet()
     if subset in subsets:
@@ -165,17 +165,17 @@ def subset_folders(subset: str) -> dict[str, str]:
 
 
 def _parts(folders: Sequence[str]) -> dict[str, str]:
-    """Which folder is train, val or test; of several that may be, one of that very name."""
-    found: dict[str, str] = {}
+    """The folder of each split: train, val or test; an exact name has precedence."""
+    by_split: dict[str, str] = {}
     for name in folders:
         if match := SPLIT_NAME.fullmatch(name):
             part = match[1].lower()
-            found[part] = part if part in folders else name
-    return found
+            by_split[part] = part if part in folders else name
+    return by_split
 
 
 def _imagenet() -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
-    """The subsets by name, and what is known of ImageNet's classes: folder -> name."""
+    """The named subsets, and the known ImageNet class names: folder -> name."""
     text = files("pipeline.data.sources").joinpath("imagenet_subsets.json").read_text()
     subsets: dict[str, list[dict[str, str]]] = json.loads(text)["subsets"]
     return subsets, {e["wnid"]: e["name"] for part in subsets.values() for e in part}

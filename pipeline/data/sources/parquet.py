@@ -1,4 +1,4 @@
-"""Source parquet: tables of encoded images and labels, as the Hugging Face hub has them."""
+"""Source parquet: tables of encoded images and labels, as on the Hugging Face hub."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from pipeline.data.sources.data_files import DataFile, Labelled, sort_labels, sp
 from pipeline.data.sources.source import Sample, SampleList
 from pipeline.errors import SourceError
 
-LABELS = ("label", "labels", "fine_label", "cls", "class")  # the usual names
+LABELS = ("label", "labels", "fine_label", "cls", "class")  # usual column names
 
 if TYPE_CHECKING:
     from pipeline.data.sources import SourceConfig
@@ -26,10 +26,10 @@ OPTIONS = ("val_path", "image", "label", "class_names")
 
 
 class ParquetSource(SampleList):
-    """A column of images, each as bytes or as a struct {bytes, path}, and one of labels: integers,
-    with names in the schema's Hugging Face metadata or not, or names.
+    """An image column (bytes, or structs {bytes, path}) and a label column (names, or integers with
+    optional names in the schema's Hugging Face metadata).
 
-    A key is the image's path if all have different ones, else the file and the row.
+    A key is the image's path if all paths are distinct, else the file and the row.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class ParquetSource(SampleList):
         self._names = class_names
         parts = [None if part is None else self._list(part) for part in (train, val)]
         versions = [[file.name, file.version] for file in [*train, *(val or [])]]
-        found = sort_labels(
+        contents = sort_labels(
             parts[0] or [],
             parts[1],
             self._names,
             versions=[*versions, list(self._columns)],
             rejected=[],
         )
-        super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
+        super().__init__(contents, val_fraction=val_fraction, selection_fraction=selection_fraction)
         self.refuse_no_train(f"source.path {path}", "labelled row")
 
     def _list(self, files: Sequence[DataFile]) -> list[Labelled]:
-        """Labels and paths of all rows; of the images nothing is read."""
+        """Read the labels and paths of all rows, but no images."""
         rows: list[tuple[str, str | None, Any, str, tuple[int, int]]] = []
         for file in files:
             try:
@@ -67,7 +67,8 @@ class ParquetSource(SampleList):
                 schema = table.schema_arrow
                 image, label = self._find_columns(schema, file.uri)
                 columns = [label]
-                if pa.types.is_struct(kind := schema.field(image).type) and "path" in kind.names:
+                column_type = schema.field(image).type
+                if pa.types.is_struct(column_type) and "path" in column_type.names:
                     columns.append(f"{image}.path")
                 for group in range(table.num_row_groups):
                     part = table.read_row_group(group, columns=columns)
@@ -79,7 +80,7 @@ class ParquetSource(SampleList):
                         where = (group, row)
                         rows.append((file.uri, name, value, f"{file.uri}#{image}", where))
             except pa.ArrowInvalid as error:
-                raise SourceError(f"{file.uri} is no whole Parquet file: {error}") from error
+                raise SourceError(f"{file.uri} is not a valid Parquet file: {error}") from error
         count = Counter(name for _, name, *_ in rows)
         named = all(name and count[name] == 1 for name in count)
         short = {file.uri: file.name for file in files}
@@ -94,24 +95,26 @@ class ParquetSource(SampleList):
         ]
 
     def _find_columns(self, schema: pa.Schema, uri: str) -> tuple[str, str]:
-        """Columns of the images and the labels; also the classes' names, if they are known."""
+        """The image and label columns; sets the class names if the metadata have them."""
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata.get("info", {}).get("features", {})
         image, label = self._columns
         images = [image] if image else [f.name for f in schema if _holds_images(f.type)]
-        marked = [name for name, kind in features.items() if "names" in _as_dict(kind)]
+        marked = [name for name, feature in features.items() if "names" in _as_dict(feature)]
         labels = [name for name in (*LABELS, *marked) if name in schema.names]
         if label:
             labels = [label]
-        for what, names in (("image", images), ("label", labels)):
+        for option, names in (("image", images), ("label", labels)):
             if not names or names[0] not in schema.names:
                 raise SourceError(
-                    f"{uri} has no column {names[0] if names else f'for source.{what}'}; "
+                    f"{uri} has no column {names[0] if names else f'for source.{option}'}; "
                     f"it has {', '.join(schema.names)}"
                 )
         image, label = images[0], labels[0]
         if not _holds_images(schema.field(image).type):
-            raise SourceError(f"column {image} of {uri} holds {schema.field(image).type}, no bytes")
+            raise SourceError(
+                f"column {image} of {uri} holds {schema.field(image).type}, not bytes"
+            )
         if self._names is None:
             self._names = _as_dict(features.get(label)).get("names")
         self._columns = (image, label)
@@ -119,7 +122,7 @@ class ParquetSource(SampleList):
 
     @staticmethod
     def read(sample: Sample) -> Image.Image:
-        """One row's image. The row group stays in memory until another is read."""
+        """Read one row's image. The row group is cached until another is read."""
         uri, _, column = sample.uri.rpartition("#")
         with reading(uri):
             data = _row_group(uri, column, sample.where[0])[sample.where[1]].as_py()
@@ -132,10 +135,10 @@ def _as_dict(feature: object) -> dict[str, Any]:
     return feature if isinstance(feature, dict) else {}
 
 
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return "bytes" in kind.names
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _holds_images(column_type: pa.DataType) -> bool:
+    if pa.types.is_struct(column_type):
+        return "bytes" in column_type.names
+    return bool(pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type))
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What a source of images is, and what the sources share: splits, and what is left out of them."""
+"""Interface and common base of image sources: samples, splits, and rejected samples."""
 
 import hashlib
 import json
@@ -12,22 +12,22 @@ from pipeline.errors import SourceError
 
 Split = Literal["train", "val", "select"]
 SPLITS: tuple[Split, ...] = ("train", "val", "select")
-"""`train` is learned from, `val` judges the result, `select` is held out of train to choose by."""
+"""`train`: training; `val`: evaluation of the result; `select`: held out of train, for tuning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One image of a source: small and picklable."""
 
-    key: str  # unique in the source; stays the same when the source grows or moves
+    key: str  # unique in the source; unchanged when the source grows or moves
     label: int
     uri: str  # absolute if it is a path: it is read in another process
-    where: tuple[int, ...] = ()  # place within the file, as the source understands it
-    data: bytes = b""  # the pixels themselves, of a source whose files only the driver can read
+    where: tuple[int, ...] = ()  # position within the file, in the source's own terms
+    data: bytes = b""  # the pixels, for sources whose files only the driver can read
 
 
 class Rejected(NamedTuple):
-    """Something that is left out; it goes on the manifest's quarantine list."""
+    """A sample or class that is left out; it is listed in the manifest's quarantine."""
 
     key: str
     reason: str
@@ -37,43 +37,43 @@ class Source(Protocol):
     """Labelled images in splits."""
 
     class_names: tuple[str, ...]
-    rejected: tuple[Rejected, ...]  # what was found and is no sample
+    rejected: tuple[Rejected, ...]
 
     def samples(self, split: Split) -> list[Sample]:
         """All samples of a split, in a fixed order."""
         ...
 
     def fingerprint(self) -> str:
-        """Hex digits that change when a sample comes, goes, or changes."""
+        """Hex digits that change when a sample is added, removed or changed."""
         ...
 
     @staticmethod
     def read(sample: Sample) -> Image.Image:
-        """The image of a sample, mode RGB or L; an exception means that it cannot be read.
+        """Read a sample as an image of mode RGB or L; an exception means that it is unreadable, a
+        StorageError that the storage failed.
 
-        A StorageError means that nothing can be said about the sample, since the storage failed. It
-        runs in Ray tasks. It is static so that a source and its long lists stay in the driver.
+        Runs in Ray tasks. Static, so that the source and its long lists stay in the driver.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds, before it is divided."""
+    """Contents of a source, before splits are held out."""
 
     class_names: Sequence[str]
     train: Sequence[Sample]
-    val: Sequence[Sample] | None  # None: there is no val part
+    val: Sequence[Sample] | None  # None: no val split
     versions: Iterable[object]  # JSON values that change with the samples
     rejected: Sequence[Rejected] = ()
-    titles: Mapping[str, str] = field(default_factory=dict)  # name -> what people call the class
+    titles: Mapping[str, str] = field(default_factory=dict)  # class name -> readable name
 
 
 class SampleList:
-    """A source by its lists. To make one, `Found` and a `read` are all that is needed.
+    """Base class of sources: a subclass needs only a `Found` and a `read`.
 
-    A part of each class of train becomes val if there is no val part, and another part of train
-    becomes select. Classes without a train image are left out, and a key that comes twice.
+    Part of each training class becomes val if there is no val split, and another part becomes
+    select. Classes without a train image and duplicate keys are rejected.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SampleList:
         titles = tuple(found.titles.get(name, name) for name in names)
         self.class_names = titles if len({*titles}) == len(titles) else names
         self.rejected = tuple(self._rejected)
-        # Of the names, not the titles: what was made before a title was known is still good.
+        # Of the names, not the titles: results from before a title was known stay valid.
         content = hashlib.sha256()
         division = [names, found.val is None and val_fraction]
         for part in (division + [selection_fraction] * bool(selection_fraction), *found.versions):
@@ -108,7 +108,7 @@ class SampleList:
     def _clean(
         self, samples: Sequence[Sample], labels: Mapping[int, int], names: Sequence[str]
     ) -> list[Sample]:
-        """Samples with their final labels, without those that cannot be."""
+        """Samples with their final labels, without rejected ones."""
         kept, keys = [], set()
         for sample in samples:
             if sample.label not in labels:
@@ -124,24 +124,24 @@ class SampleList:
         return kept
 
     def refuse_no_train(self, place: str, what: str) -> None:
-        """Raise SourceError if there is no train image, with the reasons why."""
+        """Raise SourceError, with reasons, if there is no train image."""
         if not self._samples["train"]:
             reasons = "".join(f"; {key}: {reason}" for key, reason in self.rejected[:2])
             raise SourceError(f"{place} has no {what} for train{reasons}")
 
     def samples(self, split: Split) -> list[Sample]:
-        """The samples of a split, in the order in which they were found."""
+        """The samples of a split, in the order of the source."""
         return list(self._samples[split])
 
     def fingerprint(self) -> str:
-        """Hash of the classes, the division, and the versions of what was found."""
+        """Hash of the classes, the held-out fractions, and the samples' versions."""
         return self._fingerprint
 
 
 def _divide(
     samples: Sequence[Sample], fraction: float, salt: str = ""
 ) -> tuple[list[Sample], list[Sample]]:
-    """(held out, rest) by class."""
+    """(held out, rest), by class."""
     keys: dict[int, list[str]] = {}
     for sample in samples:
         keys.setdefault(sample.label, []).append(sample.key)
@@ -153,11 +153,10 @@ def _divide(
 
 
 def held_out(keys: Iterable[str], fraction: float, salt: str = "") -> set[str]:
-    """Of the keys of one class those that are held out: whose hash lies below `fraction`.
+    """The held-out keys of one class: those whose hash is below `fraction`.
 
-    So a key's split does not depend on the other keys, and stays when the class grows. Only where
-    that would leave either part empty, the key of the lowest (highest) hash goes there; a key that
-    is alone is not held out.
+    A key's split does not depend on the other keys, so it is stable when the class grows. Only if a
+    part would be empty, it gets the key of the lowest (highest) hash; a single key is not held out.
     """
     hashes = {key: key_hash(salt + key) for key in keys}
     ordered = sorted(hashes, key=lambda key: (hashes[key], key))
@@ -166,6 +165,6 @@ def held_out(keys: Iterable[str], fraction: float, salt: str = "") -> set[str]:
 
 
 def key_hash(key: str) -> float:
-    """A number in [0, 1), uniform over keys."""
+    """Hash of a key to a uniform number in [0, 1)."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,4 +1,4 @@
-"""Source torchvision: the small data sets that torchvision reads, and downloads when told to."""
+"""Source torchvision: CIFAR, MNIST and SVHN through torchvision, optionally downloaded."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ OPTIONS = ("name", "download")
 
 
 class TorchvisionSource(SampleList):
-    """CIFAR10, CIFAR100, MNIST, FashionMNIST or SVHN, with the official test part as val.
+    """CIFAR10, CIFAR100, MNIST, FashionMNIST or SVHN, with the official test split as val.
 
-    torchvision loads the whole set, in the driver alone; the samples carry their pixels.
+    torchvision loads the whole set in the driver; samples carry their pixels.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class TorchvisionSource(SampleList):
                 f"torchvision finds no {name} in {root} ({reason}); "
                 "--source.download true downloads it"
             ) from error
-        found = Found(names, train, val, [name, len(train), len(val)])
-        super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
+        contents = Found(names, train, val, [name, len(train), len(val)])
+        super().__init__(contents, val_fraction=val_fraction, selection_fraction=selection_fraction)
 
     @staticmethod
     def read(sample: Sample) -> Image.Image:
-        """The pixels that the sample carries."""
+        """Convert the sample's pixels."""
         return Image.fromarray(np.frombuffer(sample.data, np.uint8).reshape(sample.where))
 
 

@@ -1,4 +1,4 @@
-"""Source webdataset: tars in which the files of a sample follow each other and share a name."""
+"""Source webdataset: tars in which the files of a sample are adjacent and share a name."""
 
 import json
 import tarfile
@@ -12,11 +12,11 @@ from pipeline.data.image_files import SUFFIXES, fetch, read_image
 from pipeline.data.sources.data_files import DataFile, Labelled, sort_labels, split_files
 from pipeline.data.sources.source import Rejected, Sample, SampleList
 
-BLOCK = 512  # of a tar file
+BLOCK = 512  # block size of tar files
 
 
 class Member(NamedTuple):
-    """A file in a tar."""
+    """A file within a tar."""
 
     name: str
     offset: int
@@ -31,10 +31,10 @@ OPTIONS = ("val_path", "label", "class_names")
 
 
 class WebDatasetSource(SampleList):
-    """<name>.jpg (or another image) with <name>.cls (a number or a name), or with <name>.json and
-    the label in a field of it. A key is the tar's name and the sample's.
+    """<name>.jpg (or another image) with <name>.cls (a number or a name), or with <name>.json that
+    has the label in a field. A key is the tar's name and the sample's.
 
-    Opening it reads the headers and labels of all tars; images are then read where they lie.
+    Opening reads the headers and labels of all tars; images are later read by their offset.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class WebDatasetSource(SampleList):
             for part in (train, val)
         ]
         versions = [[file.name, file.version] for file in [*train, *(val or [])]]
-        found = sort_labels(
+        contents = sort_labels(
             parts[0] or [],
             parts[1],
             class_names,
             versions=[*versions, field],
             rejected=rejected,
         )
-        super().__init__(found, val_fraction=val_fraction, selection_fraction=selection_fraction)
+        super().__init__(contents, val_fraction=val_fraction, selection_fraction=selection_fraction)
         self.refuse_no_train(f"source.path {path}", "image with a label")
 
     @staticmethod
@@ -72,7 +72,7 @@ class WebDatasetSource(SampleList):
 
 
 def _list(file: DataFile, field: str, rejected: list[Rejected]) -> Iterator[Labelled]:
-    """The samples of a tar; what is none is rejected."""
+    """List the samples of a tar; groups that are not samples are rejected."""
     fs, path = url_to_fs(file.uri)
     with fs.open(path, "rb") as tar:
         for name, members in _groups(tar, file, rejected):
@@ -111,7 +111,7 @@ def _label(tar: IO[bytes], members: dict[str, Member], field: str) -> object:
 def _groups(
     tar: IO[bytes], file: DataFile, rejected: list[Rejected]
 ) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbouring members with the same name, by suffix."""
+    """Group adjacent members with the same name, by suffix."""
     current, members = "", dict[str, Member]()
     for member in _members(tar, file, rejected):
         folder, _, last = member.name.rpartition("/")
@@ -127,20 +127,20 @@ def _groups(
 
 
 def _members(tar: IO[bytes], file: DataFile, rejected: list[Rejected]) -> Iterator[Member]:
-    """The files of a tar, as far as it is whole; that it is not is told."""
+    """The files of a tar, up to any damage, which is recorded in `rejected`."""
     try:
         with tarfile.open(fileobj=tar, mode="r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # which would grow for ever
+                archive.members.clear()  # type: ignore[attr-defined]  # bounds memory
                 if info.isfile():
                     yield Member(info.name, info.offset_data, info.size)
             end = archive.offset
-        # A broken header ends the loop just as the two empty blocks of a whole archive do.
+        # A broken header ends the loop like the two empty blocks at the end of a complete archive.
         tar.seek(end)
         rest = tar.read(BLOCK)
         if len(rest) == BLOCK and not rest.strip(b"\0"):
             return
-        reason = "it is cut off or damaged; what follows is lost"
+        reason = "it is truncated or damaged; the rest is lost"
     except tarfile.ReadError as error:
         reason = str(error)
     rejected.append(Rejected(file.name, f"tar: {reason}"))

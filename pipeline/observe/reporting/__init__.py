@@ -1,1 +1,1 @@
-"""The report: one self-contained page of what a run directory holds."""
+"""HTML report of a run directory, in one self-contained page."""

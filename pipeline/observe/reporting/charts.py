@@ -1,4 +1,4 @@
-"""The curves of a run as plotly figures: data and layout; the page that holds them draws them."""
+"""Training curves of a run as plotly figures (data and layout), drawn by the page."""
 
 import html
 import math
@@ -10,23 +10,26 @@ import plotly.graph_objects as go
 
 Row = Mapping[str, Any]
 
-# Readable on white and on near-black alike (contrast above 3:1 on both). The page's style sheet
-# sets the text darker or lighter; the grey here is what an exported picture gets.
+# Contrast above 3:1 on both white and near-black. The page's style sheet sets the text colour; this
+# grey is for exported pictures.
 BLUE, ORANGE, GREY = "#2f80d0", "#d5681c", "#7b828c"
 _GRID = "rgba(128, 134, 145, 0.25)"
-_MAX_POINTS = 1000  # a curve; a screen is not wider
+_MAX_POINTS = 1000  # per curve: about a screen's width
 _FEW_EPOCHS = 10
 _AVERAGED_SHARE = 25  # the bold line averages 1/25 of the logged steps
 
-# Key of a row -> (title, what it is). Keys not named here get a chart under their own name.
+# Key of a row -> (title, description). Other keys get a chart under their own name.
 DISTILL = {
     "distill/ncfd": (
         "Discrepancy (NCFD)",
-        "What the images descend: how far their features are from the real ones.",
+        "The images' objective: the distance of their features from the real ones.",
     ),
-    "distill/mmd": ("Discrepancy (linear MMD)", "What the images descend."),
-    "distill/mmd_raw": ("Discrepancy (linear MMD, raw features)", "What the images descend."),
-    "distill/psi_objective": ("Frequency sampler ψ", "What ψ ascends, the images held fixed."),
+    "distill/mmd": ("Discrepancy (linear MMD)", "The images' objective."),
+    "distill/mmd_raw": ("Discrepancy (linear MMD, raw features)", "The images' objective."),
+    "distill/psi_objective": (
+        "Frequency sampler ψ",
+        "The objective that ψ maximises, with the images fixed.",
+    ),
     "distill/calibration": (
         "Calibration",
         "Cross-entropy of the synthetic images under the trained network.",
@@ -34,39 +37,39 @@ DISTILL = {
     "distill/images_per_s": ("Throughput", "Real images per second, all workers together."),
 }
 _NO_CHART = {
-    "distill/step_s",  # the throughput says the same
-    "distill/bytes_per_step",  # the same at every step
-    "distill/imbalance",  # metrics.jsonl has it
+    "distill/step_s",  # redundant with the throughput
+    "distill/bytes_per_step",  # constant
+    "distill/imbalance",  # in metrics.jsonl
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure and the words that go with it."""
+    """A figure with its texts."""
 
     name: str  # unique in a page
     title: str
-    note: str  # what it shows
-    summary: str  # its content in words: for screen readers, and where scripts do not run
+    note: str  # description
+    summary: str  # main values as text, for screen readers and pages without scripts
     figure: dict[str, Any]  # plotly: {"data": [...], "layout": {...}}
 
 
 def distillation_charts(rows: Sequence[Row]) -> list[Chart]:
-    """One chart for each metric of the distillation, the known ones first.
+    """One chart per distillation metric, known ones first.
 
-    Rows are those of metrics.jsonl whose stage is distill; where a step comes twice (a run that was
-    resumed), the later row counts.
+    Rows are those of metrics.jsonl with stage distill; of rows with the same step (a resumed run),
+    the last counts.
     """
     by_step = {int(row["step"]): row for row in rows}
     steps = sorted(by_step)
-    found = {key for row in rows for key in row if key.startswith("distill/")} - _NO_CHART
-    known = [key for key in DISTILL if key in found]
-    moving = "distill/psi_objective" in found
+    keys = {key for row in rows for key in row if key.startswith("distill/")} - _NO_CHART
+    known = [key for key in DISTILL if key in keys]
+    moving = "distill/psi_objective" in keys
     charts = []
-    for key in [*known, *sorted(found - set(known))]:
+    for key in [*known, *sorted(keys - set(known))]:
         title, note = DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "), ""))
         if key == "distill/ncfd" and moving:
-            note += " At frequencies that ψ moves to where they differ most, it may rise."
+            note += " It may rise, because ψ moves the frequencies to where they differ most."
         points = [
             (step, float(value))
             for step in steps
@@ -101,7 +104,7 @@ def _curve(key: str, title: str, note: str, points: list[tuple[int, float]]) -> 
 
 
 def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
-    """Accuracy of the pool's networks by epoch: on what they train on, and at the end on val."""
+    """Training accuracy of the pool's networks by epoch, and their final val accuracy."""
     curves: dict[int, dict[int, Row]] = {}
     for row in rows:
         if row.get("pretrain/accuracy") is not None:
@@ -129,7 +132,7 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
     figure = go.Figure(traces, chart_layout(x="epoch", y="accuracy, %"))
     figure.update_layout(hovermode="closest")
     if max(map(max, curves.values())) <= _FEW_EPOCHS:
-        figure.update_xaxes(dtick=1)  # else plotly marks halves of them
+        figure.update_xaxes(dtick=1)  # else plotly labels half epochs
     return Chart(
         name="pretrain-accuracy",
         title="Pretraining of the feature extractors",
@@ -140,10 +143,10 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def accuracy_chart(groups: Sequence[tuple[str, Sequence[float]]]) -> Chart:
-    """A row of dots, one a run, for each (label, accuracies in 0..1); a bar marks the mean."""
+    """Dot plot of (label, accuracies in 0..1): one dot per run, a bar at the mean."""
     labels, means, dots = [], [], []
     for label, runs in groups:
-        # plotly reads some HTML in its texts. Labels break after a comma: phones are narrow.
+        # plotly interprets some HTML in texts. Labels wrap after a comma, for narrow screens.
         safe = html.escape(label, quote=False)
         labels.append(safe.replace(", ", ",<br>"))
         means.append(100 * sum(runs) / len(runs))
@@ -202,7 +205,7 @@ def _dots(
 
 
 def chart_layout(*, x: str, y: str) -> go.Layout:
-    """The layout of all charts, with the names of both axes."""
+    """Common chart layout, with axis titles."""
     title = {"standoff": 8, "font": {"size": 13}}
     axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "automargin": True, "ticks": ""}
     return go.Layout(
@@ -228,13 +231,13 @@ def chart_layout(*, x: str, y: str) -> go.Layout:
 
 
 def plain_figure(figure: go.Figure) -> dict[str, Any]:
-    """A figure as data that JSON can hold."""
-    found: dict[str, Any] = figure.to_plotly_json()
-    return found
+    """A figure as JSON-serialisable data."""
+    data: dict[str, Any] = figure.to_plotly_json()
+    return data
 
 
 def _moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred; at the ends over those values of the window that exist."""
+    """Centred moving mean, with a truncated window at the ends."""
     half, means = window // 2, []
     for i in range(len(values)):
         part = values[max(0, i - half) : i + half + 1]

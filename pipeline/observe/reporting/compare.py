@@ -1,4 +1,4 @@
-"""`run.py compare RUN RUN ...`: the tables and curves of several runs side by side, in one page."""
+"""`run.py compare RUN RUN ...`: compare tables and curves of several runs in one page."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def compare_command(arguments: Sequence[str]) -> UPath:
         if word == "--output" or word.startswith("--output="):
             output = word.partition("=")[2] or (rest.pop(0) if rest else "")
         elif word.startswith("-"):
-            raise UsageError(f"compare does not know {word}; {USAGE}")
+            raise UsageError(f"compare has no option {word}; {USAGE}")
         else:
             runs.append(UPath(word))
     if len(runs) < 2 or not output:
@@ -39,7 +39,7 @@ def compare_command(arguments: Sequence[str]) -> UPath:
 
 
 def write_comparison(runs: Sequence[UPath], output: UPath) -> UPath:
-    """One page about several run directories; parts that a run does not have are left empty.
+    """Write a page comparing run directories; parts that a run lacks are left empty.
 
     Raises UsageError if one is not the directory of a run.
     """
@@ -66,7 +66,7 @@ def write_comparison(runs: Sequence[UPath], output: UPath) -> UPath:
 
 
 def _names(runs: Sequence[UPath]) -> list[str]:
-    """The directories' names, with what is above them where two are the same."""
+    """The directories' names; numbered full paths if two are equal."""
     plain = [run.name for run in runs]
     if len(set(plain)) == len(plain):
         return plain
@@ -79,45 +79,45 @@ def _preview(run: UPath) -> str:
 
 
 def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(row, a cell for each run); the best distilled ones need no mark: spreads decide."""
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    """(row label, one cell per run). The best run is not marked: spreads decide."""
+    by_row: dict[tuple[str, str], dict[int, str]] = {}
     for i, evaluation in enumerate(evaluations):
         for row in evaluation.get("rows", []):
             spread = f" ± {100 * row['std']:.1f}" if len(row["accuracy"]) > 1 else ""
             text = f"{100 * row['mean']:.1f}{spread} ({len(row['accuracy'])})"
-            found.setdefault((row["set"], row["network"]), {})[i] = text
+            by_row.setdefault((row["set"], row["network"]), {})[i] = text
     order = list(SET_NAMES)
     keys = sorted(
-        found, key=lambda key: (key[1], order.index(key[0]) if key[0] in order else len(order))
+        by_row, key=lambda key: (key[1], order.index(key[0]) if key[0] in order else len(order))
     )
     several = len({network for _, network in keys}) > 1
     return [
         (
             SET_NAMES.get(name, name) + (f", {network}" if several else ""),
-            [found[name, network].get(i, NOTHING) for i in range(len(evaluations))],
+            [by_row[name, network].get(i, NOTHING) for i in range(len(evaluations))],
         )
         for name, network in keys
     ]
 
 
 def _audit(audits: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    by_measure: dict[tuple[str, str], dict[int, str]] = {}
     for i, audit in enumerate(audits):
         for row in audit.get("rows", []):
             if row["set"] == "distilled" and row["value"] is not None:
                 key = (row["measure"], row["extractor"])
-                found.setdefault(key, {})[i] = f"{row['value']:.3g}"
+                by_measure.setdefault(key, {})[i] = f"{row['value']:.3g}"
     return [
         (
             AUDIT_NAMES.get(measure, measure) + (f", {extractor}" if extractor else ""),
             [cells.get(i, NOTHING) for i in range(len(audits))],
         )
-        for (measure, extractor), cells in found.items()
+        for (measure, extractor), cells in by_measure.items()
     ]
 
 
 def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The options that are not the same in all runs."""
+    """The options that differ between runs."""
     flat = [_flat("", config) for config in configs]
     keys = sorted({key for options in flat for key in options} - {"name"})
     rows = [(key, [_value(options.get(key, NOTHING)) for options in flat]) for key in keys]
@@ -125,42 +125,39 @@ def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
 
 
 def _value(value: object) -> str:
-    """As it is written on the command line."""
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {
+        flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {
             f"{prefix}{name}": value
         }  # fmt: skip
-    return found
+    return flat
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     rows = [{row.name: row for row in stage_rows(entry)} for entry in stages]
-    names = dict.fromkeys(name for found in rows for name in found)
+    names = dict.fromkeys(name for run in rows for name in run)
     table = [
         (
             name,
-            [
-                f"{found[name].time}, {found[name].memory}" if name in found else NOTHING
-                for found in rows
-            ],
+            [f"{run[name].time}, {run[name].memory}" if name in run else NOTHING for run in rows],
         )
         for name in names
     ]
     totals = [
-        f"{duration(sum(row.seconds for row in found.values()))}, "
+        f"{duration(sum(row.seconds for row in run.values()))}, "
         f"{memory(max((e.get('peak_rss_bytes') or 0 for e in entry.values()), default=0))}"
-        for found, entry in zip(rows, stages, strict=True)
+        for run, entry in zip(rows, stages, strict=True)
     ]
     return [*table, ("all", totals)] if table else []
 
 
 def _charts(runs: Mapping[str, UPath]) -> list[Chart]:
-    """One chart for each metric of the distillation that any run has."""
+    """One chart per distillation metric of any run."""
     curves: dict[str, dict[str, dict[int, float]]] = {}
     for name, run in runs.items():
         for row in read_rows(run / "metrics.jsonl"):
@@ -171,7 +168,7 @@ def _charts(runs: Mapping[str, UPath]) -> list[Chart]:
         overlay_chart(
             key,
             DISTILL.get(key, (key.removeprefix("distill/").replace("_", " "),))[0],
-            {name: sorted(points.items()) for name, points in found.items()},
+            {name: sorted(points.items()) for name, points in by_run.items()},
         )
-        for key, found in curves.items()
+        for key, by_run in curves.items()
     ]

@@ -1,4 +1,4 @@
-"""The images of a run for a page: before and after, class by class, no more than it can bear."""
+"""Image gallery of a report: before and after distillation, by class, limited in size."""
 
 import base64
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from ncfm import SyntheticSet
 from pipeline.observe.preview import enlargement, png, to_pixels
 
-# What a page holds of each set: so many classes, so many images, so many of their pixels.
+# Per page and set.
 MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 100, 200, 2_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImages:
-    """What the report shows of a class: (alternative text, data URI) of each image."""
+    """Images of a class: (alternative text, data URI) each."""
 
     name: str
     before: Sequence[tuple[str, str]]
@@ -22,20 +22,20 @@ class ClassImages:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """The images of a run, and how they are laid out."""
+    """Images of a run and their layout."""
 
     classes: Sequence[ClassImages]
     width: int  # of an image, CSS pixels
-    left_out: str  # what is not shown; empty: nothing
+    left_out: str  # note of omitted images; may be empty
 
     @property
     def has_before(self) -> bool:
-        """Whether the initial images are among them."""
+        """Whether initial images are included."""
         return any(entry.before for entry in self.classes)
 
 
 def gallery(initial: SyntheticSet | None, distilled: SyntheticSet) -> Gallery:
-    """The images before and after, class by class, as many as a page can bear."""
+    """Gallery of the images before and after distillation, within the page's limits."""
     names, size = distilled.class_names, max(distilled.images.shape[-2:])
     count = min(len(names), MAX_CLASSES)
     allowed = min(MAX_IMAGES, MAX_PIXELS // size**2)
@@ -55,22 +55,22 @@ def gallery(initial: SyntheticSet | None, distilled: SyntheticSet) -> Gallery:
         if shown < stored or count < len(names)
         else ""
     )
-    # A whole multiple, so that every stored pixel is shown equally large.
+    # An integer multiple, so that all stored pixels have the same size.
     return Gallery(classes=classes, width=size * enlargement(size), left_out=left_out)
 
 
 def _images(images: SyntheticSet, class_index: int, limit: int, when: str) -> list[tuple[str, str]]:
-    mine = images.images[images.labels == class_index]
+    own = images.images[images.labels == class_index]
     name = images.class_names[class_index]
     return [
         (
-            f"{name}, image {i + 1} of {len(mine)}, {when} distillation",
+            f"{name}, image {i + 1} of {len(own)}, {when} distillation",
             data_uri("image/png", png(to_pixels(image))),
         )
-        for i, image in enumerate(mine[:limit])
+        for i, image in enumerate(own[:limit])
     ]
 
 
 def data_uri(media_type: str, data: bytes) -> str:
-    """The bytes as an address that a page can carry in itself."""
+    """Base64 data URI."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Stage report: one self-contained HTML file from what the run directory holds."""
+"""Self-contained HTML report of a run directory."""
 
 import re
 import shlex
@@ -37,13 +37,13 @@ from pipeline.runtime.files import read_json, write_atomic
 def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:
     """Write report.html of a run; returns its path.
 
-    Only files of the run directory are read. Of these config.toml and distilled/, or the results of
-    a search, must exist; what else is missing, the report says, with the command that makes it. The
-    same files give the same report but for `now`, the time it names as its own (default: the
-    clock's).
+    Reads only files of the run directory. config.toml and distilled/, or the results of a search,
+    must exist; the report lists other missing parts with the commands that create them. It is
+    deterministic except for `now`, its time stamp (default: the current time).
 
     Raises:
-        FileNotFoundError: config.toml or distilled/ is missing; the message says what makes it.
+        FileNotFoundError: config.toml or distilled/ is missing; the message has the command that
+            creates it.
         ValueError: a synthetic set is damaged.
     """
     path = run_directory / "report.html"
@@ -53,7 +53,7 @@ def write_report(run_directory: UPath, *, now: datetime | None = None) -> UPath:
 
 
 def template(name: str) -> jinja2.Template:
-    """A page of this folder; what is put into it is escaped."""
+    """Load a template of this folder, with autoescaping."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -65,7 +65,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _content(directory: UPath, now: datetime) -> dict[str, Any]:
-    """Everything that the template shows."""
+    """Variables of the report template."""
     config_toml = _config_toml(directory)
     config = tomllib.loads(config_toml)
     name = str(config.get("name") or directory.name)
@@ -76,23 +76,23 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
         return shlex.join(word for word in words if word)
 
     results = read_json(directory / "tune" / "results.json")
-    found = search(results) if results is not None else None
+    search_results = search(results) if results is not None else None
     if not (directory / "distilled" / "manifest.json").exists():
-        if found is not None:
+        if search_results is not None:
             return {
                 **_NOTHING,
                 "name": name,
-                "search": found,
+                "search": search_results,
                 "plotly_js": get_plotlyjs(),
                 **_cost(directory),
                 **_configuration(config_toml),
             }
         raise FileNotFoundError(
-            f"{directory} holds no distilled set to report on; make it with: {command('distill')}"
+            f"{directory} holds no distilled set to report on; create it with: {command('distill')}"
         )
     return {
         "name": name,
-        "search": found,
+        "search": search_results,
         **_of_set(directory, name, command, now),
         **_configuration(config_toml),
     }
@@ -101,15 +101,15 @@ def _content(directory: UPath, now: datetime) -> dict[str, Any]:
 def _of_set(
     directory: UPath, name: str, command: Callable[[str], str], now: datetime
 ) -> dict[str, Any]:
-    """What the template shows of a distilled set, and of its making and use."""
+    """Template variables of a distilled set, its distillation, evaluation and uses."""
     distilled = load(directory / "distilled")
     has_initial = (directory / "initial" / "manifest.json").exists()
     initial = load(directory / "initial") if has_initial else None
     rows = read_rows(directory / "metrics.jsonl")
     curves = distillation_charts([row for row in rows if row.get("stage") == "distill"])
     pretraining = pretraining_chart([row for row in rows if row.get("stage") == "pretrain"])
-    judged = read_json(directory / "evaluation.json") or {}
-    evaluation, measured = evaluation_rows(judged.get("rows", [])), judged.get("measures", [])
+    evaluated = read_json(directory / "evaluation.json") or {}
+    evaluation, measured = evaluation_rows(evaluated.get("rows", [])), evaluated.get("measures", [])
     cost = _cost(directory)
     shown = gallery(initial, distilled)
     steps = steps_section(directory, read_json(directory / "stages.json") or {}, distilled)
@@ -126,16 +126,16 @@ def _of_set(
     searched = (directory / "tune/results.json").exists()
     charted = (curves, pretraining, evaluation, uses, audit, searched)
     return {
-        "missing": [(what, command(stage)) for found, what, stage in wanted if not found],
+        "missing": [(part, command(stage)) for value, part, stage in wanted if not value],
         "gallery": shown,
         "steps": steps,
         "has_steps": steps is not None,
-        "classes": class_section(judged.get("rows", []), shown),
+        "classes": class_section(evaluated.get("rows", []), shown),
         "audit": audit,
         "uses": uses,
         "has_interval": any(row.interval for row in evaluation),
         "has_best_on_test": any(row.best_on_test is not None for row in evaluation),
-        "protocol": _protocol(judged),
+        "protocol": _protocol(evaluated),
         "measures": [{**row, "label": SET_NAMES.get(row["set"], row["set"])} for row in measured],
         "set": distilled,
         "images_per_class": manifest["images_per_class"],
@@ -151,7 +151,7 @@ def _of_set(
     }
 
 
-# What the template shows of a run that has only searched so far.
+# Template variables of a run with only a search.
 _NOTHING: dict[str, Any] = {
     "missing": [],
     "gallery": None,
@@ -183,12 +183,12 @@ def _configuration(text: str) -> dict[str, Any]:
     }
 
 
-def _protocol(judged: Mapping[str, Any]) -> str:
-    """The evaluation protocol in words, with what was changed of it."""
-    if "protocol" not in judged:
+def _protocol(evaluated: Mapping[str, Any]) -> str:
+    """The evaluation protocol, with its changed options."""
+    if "protocol" not in evaluated:
         return ""
-    changed = [name.removeprefix("evaluate.") for name in judged.get("changes", [])]
-    return str(judged["protocol"]) + (f", but for {', '.join(changed)}" if changed else "")
+    changed = [name.removeprefix("evaluate.") for name in evaluated.get("changes", [])]
+    return str(evaluated["protocol"]) + (f", except for {', '.join(changed)}" if changed else "")
 
 
 # ------------------------------------------------------------------ configuration and provenance
@@ -200,17 +200,17 @@ def _config_toml(directory: UPath) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{directory} is not the directory of a run: it has no config.toml; "
-            "python pipeline/run.py makes one"
+            "python pipeline/run.py creates one"
         ) from None
 
 
 def _config_parts(text: str) -> list[str]:
-    """The file, divided before each [table]."""
+    """The configuration file, split before each [table]."""
     return [part.strip() for part in re.split(r"(?m)^(?=\[)", text) if part.strip()]
 
 
 def _reproduce(provenance: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The command that was given, and the commands that do the same again in a new directory."""
+    """The original command, and the commands that reproduce the run in a new directory."""
     git = str(provenance.get("versions", {}).get("git") or provenance.get("git") or "")
     commit = re.search(r"\b[0-9a-f]{40}\b", git)
     again = ["python", "pipeline/run.py", "--config", "config.toml", "--name", f"{name}-again"]
@@ -225,7 +225,7 @@ def _reproduce(provenance: Mapping[str, Any], name: str) -> dict[str, str]:
 def _provenance(
     provenance: Mapping[str, Any], hashes: Mapping[str, str], now: datetime
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(group, [(name, value)]): all but what the report shows elsewhere."""
+    """(group, [(name, value)]), without the entries shown elsewhere in the report."""
     shown_elsewhere = ("config", "command")
     single, groups = [], []
     for key, value in provenance.items():

@@ -1,4 +1,4 @@
-"""Charts of results as plotly figures: confusion, fidelity by class, uses, runs side by side."""
+"""Result charts as plotly figures: confusion, fidelity by class, uses, run comparison."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from pipeline.observe.reporting.charts import BLUE, GREY, ORANGE, Chart, chart_layout, plain_figure
 
 COLORS = (BLUE, ORANGE, "#2e9e6b", "#b058b8", "#b8860b", "#d04a6a", "#5a7f8f", GREY)
-MAX_TICKS = 30  # class names beside a chart
+MAX_TICKS = 30  # class names on an axis
 
 
 def _safe(text: str) -> str:
@@ -17,7 +17,7 @@ def _safe(text: str) -> str:
 
 
 def _legend(figure: go.Figure) -> None:
-    """Above the plot, in room of its own: in a narrow chart each entry takes a line."""
+    """Add a legend above the plot, with one line per entry for narrow charts."""
     figure.update_layout(
         showlegend=True,
         height=figure.layout.height + 20 * len(figure.data),
@@ -26,7 +26,7 @@ def _legend(figure: go.Figure) -> None:
 
 
 def confusion_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Chart:
-    """What images of each class (rows) are taken for (columns), as shares of the row."""
+    """Confusion matrix: true class (rows) and predicted class (columns), as shares of the row."""
     shares = [[value / max(sum(row), 1) for value in row] for row in counts]
     safe = [_safe(name) for name in names]
     figure = go.Figure(
@@ -40,10 +40,10 @@ def confusion_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Ch
             showscale=False,
             xgap=1,
             ygap=1,
-            hovertemplate="%{y} taken for %{x}: %{z:.1%}<extra></extra>",
+            hovertemplate="%{y} predicted as %{x}: %{z:.1%}<extra></extra>",
         )
     )
-    figure.update_layout(chart_layout(x="taken for", y="is"))
+    figure.update_layout(chart_layout(x="predicted class", y="true class"))
     figure.update_layout(height=min(680, 150 + 26 * len(names)), hovermode="closest")
     shown = len(names) <= MAX_TICKS
     figure.update_xaxes(type="category", showgrid=False, showticklabels=shown, tickangle=-45)
@@ -53,12 +53,12 @@ def confusion_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Ch
         default=None,
     )
     summary = "" if worst is None else (
-        f"Most often confused: {worst[0]:.0%} of {names[worst[1]]} are taken for {names[worst[2]]}."
+        f"Most frequent error: {worst[0]:.0%} of {names[worst[1]]} predicted as {names[worst[2]]}."
     )  # fmt: skip
     return Chart(
         name="confusion",
         title="Confusion matrix",
-        note="Each row: what the test images of a class are taken for; the diagonal is right.",
+        note="Each row: predictions for the test images of a class; the diagonal is correct.",
         summary=summary,
         figure=plain_figure(figure),
     )
@@ -67,7 +67,7 @@ def confusion_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Ch
 def class_ncfd_chart(
     values: Mapping[str, Sequence[float]], names: Sequence[str], labels: Mapping[str, str]
 ) -> Chart:
-    """NCFD of each class and set (keys of values; their labels), as dots."""
+    """Dot plot of the NCFD by class and set; `labels` are the sets' display names."""
     safe = [_safe(name) for name in names]
     figure = go.Figure()
     for color, (name, points) in zip(COLORS, values.items(), strict=False):
@@ -86,19 +86,19 @@ def class_ncfd_chart(
     )
     figure.update_xaxes(rangemode="tozero")
     _legend(figure)
-    mine = values.get("distilled", ())
-    summary = f"Distilled: {min(mine):.3g} to {max(mine):.3g}." if mine else ""
+    distilled = values.get("distilled", ())
+    summary = f"Distilled: {min(distilled):.3g} to {max(distilled):.3g}." if distilled else ""
     return Chart(
         name="class-ncfd",
         title="NCFD of each class to all its real images",
-        note="Left is nearer.",
+        note="Lower is better.",
         summary=summary,
         figure=plain_figure(figure),
     )
 
 
 def continual_charts(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[Chart]:
-    """Accuracy by the number of classes seen, a chart for each number of steps."""
+    """Accuracy by the number of classes so far, one chart per number of steps."""
     charts = []
     orders = max(len(row["accuracy"]) for row in rows)
     spread = f" Bars: standard deviation over {orders} orders of the classes." * (orders > 1)
@@ -106,13 +106,13 @@ def continual_charts(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
         figure, last = go.Figure(), []
         names = dict.fromkeys(row["set"] for row in rows)
         for color, name in zip(COLORS, names, strict=False):
-            mine = [row for row in rows if (row["set"], row["steps"]) == (name, steps)]
+            group = [row for row in rows if (row["set"], row["steps"]) == (name, steps)]
             label = labels.get(name, name)
             figure.add_scatter(
-                x=[row["classes"] for row in mine],
-                y=[round(100 * row["mean"], 2) for row in mine],
+                x=[row["classes"] for row in group],
+                y=[round(100 * row["mean"], 2) for row in group],
                 error_y={
-                    "array": [round(100 * row["std"], 2) for row in mine],
+                    "array": [round(100 * row["std"], 2) for row in group],
                     "width": 2,
                     "thickness": 1,
                 },
@@ -121,7 +121,7 @@ def continual_charts(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
                 line={"color": color, "width": 2},
                 hovertemplate="%{y:.1f} %",
             )
-            last.append(f"{label} {100 * mine[-1]['mean']:.1f} %")
+            last.append(f"{label} {100 * group[-1]['mean']:.1f} %")
         figure.update_layout(chart_layout(x="classes seen", y="accuracy, %"))
         figure.update_yaxes(rangemode="tozero")
         _legend(figure)
@@ -139,8 +139,8 @@ def continual_charts(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
 
 
 def proxy_chart(content: Mapping[str, Any], labels: Mapping[str, str]) -> Chart:
-    """Accuracy of each architecture on a small set against that on the whole set."""
-    figure, found, chosen = go.Figure(), [], []
+    """Accuracy of each architecture on the small sets against that on the whole set."""
+    figure, correlations, chosen = go.Figure(), [], []
     whole = [round(100 * value, 2) for value in content["sets"]["whole"]["mean"]]
     small = {name: entry for name, entry in content["sets"].items() if name != "whole"}
     for color, (name, entry) in zip(COLORS, small.items(), strict=False):
@@ -154,7 +154,7 @@ def proxy_chart(content: Mapping[str, Any], labels: Mapping[str, str]) -> Chart:
             marker={"size": 9, "color": color, "opacity": 0.85},
             hovertemplate="%{text}: %{y:.1f} % (whole set %{x:.1f} %)",
         )
-        found.append(f"{label} {'none' if rho is None else f'{rho:+.2f}'}")
+        correlations.append(f"{label} {'none' if rho is None else f'{rho:+.2f}'}")
         chosen.append(f"{label} {100 * entry['best_found']:.1f} %")
     figure.update_layout(chart_layout(x="accuracy on the whole set, %", y="on the small set, %"))
     figure.update_layout(hovermode="closest")
@@ -163,7 +163,7 @@ def proxy_chart(content: Mapping[str, Any], labels: Mapping[str, str]) -> Chart:
         name="search-proxy",
         title="Architecture search on the small set",
         note=f"Each dot: one of {len(whole)} ConvNets.",
-        summary=f"Rank correlation with the whole set: {', '.join(found)}. What the network "
+        summary=f"Rank correlation with the whole set: {', '.join(correlations)}. The network "
         f"that is best on the small set reaches on the whole one: {', '.join(chosen)}; "
         f"the best of all: {max(whole):.1f} %.",
         figure=plain_figure(figure),
@@ -171,7 +171,7 @@ def proxy_chart(content: Mapping[str, Any], labels: Mapping[str, str]) -> Chart:
 
 
 def overlay_chart(key: str, title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
-    """One metric of several runs: (step, value) of each."""
+    """One metric of several runs: run -> (step, value) pairs."""
     figure, ends = go.Figure(), []
     for color, (run, points) in zip(COLORS * len(curves), curves.items(), strict=False):
         stride = -(-len(points) // 1000)

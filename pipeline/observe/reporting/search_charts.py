@@ -1,4 +1,4 @@
-"""The charts and the table of a search, from <run>/tune/results.json."""
+"""Charts and table of a search, from <run>/tune/results.json."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from pipeline.observe.reporting.charts import BLUE, ORANGE, Chart, chart_layout,
 Row = Mapping[str, Any]
 
 LOG_SPREAD = 20.0
-"""An option whose values differ by more than this factor has a logarithmic axis."""
+"""Ratio of an option's values above which its axis is logarithmic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What the report says of a search."""
+    """Report section of a search."""
 
     charts: list[Chart]
     counts: str
@@ -29,7 +29,7 @@ class Search:
 
 
 def search(results: Mapping[str, Any]) -> Search:
-    """Of results.json."""
+    """Report section from the content of results.json."""
     rows = results["trials"]
     by_number = {row["trial"]: row for row in rows}
     front = [by_number[number] for number in results["pareto"]]
@@ -50,7 +50,7 @@ def search(results: Mapping[str, Any]) -> Search:
 
 
 def learning_curves(rows: Sequence[Row]) -> Chart | None:
-    """Accuracy of every trial by step, as far as it was decided that it goes on."""
+    """Accuracy of every trial by step, up to its last decided rung."""
     traces, last = [], []
     for row in rows:
         if not row["rungs"]:
@@ -74,7 +74,7 @@ def learning_curves(rows: Sequence[Row]) -> Chart | None:
         return None
     figure = go.Figure(traces, chart_layout(x="step", y="accuracy, %"))
     figure.update_layout(hovermode="closest")
-    best, trial = max(last, key=lambda pair: pair[0])  # of equals the first, as everywhere
+    best, trial = max(last, key=lambda pair: pair[0])  # of equals the first
     return Chart(
         name="tune-curves",
         title="Trials",
@@ -85,9 +85,9 @@ def learning_curves(rows: Sequence[Row]) -> Chart | None:
 
 
 def coordinates_chart(rows: Sequence[Row], space: Sequence[str]) -> Chart | None:
-    """Parallel coordinates: each line a trial, through its values to its accuracy.
+    """Parallel coordinates: one line per trial, through its values to its accuracy.
 
-    Lines of our own: plotly's kind for it needs WebGL, which not every browser has.
+    Drawn as scatter lines: plotly's parallel coordinates need WebGL, which not every browser has.
     """
     rows = [row for row in rows if row["accuracy"] is not None]
     if len(rows) < 2:
@@ -167,7 +167,7 @@ def _axis(key: str, values: Sequence[Any]) -> _Axis:
 
 
 def pareto_chart(rows: Sequence[Row], front: Sequence[Row]) -> Chart:
-    """Accuracy against stored bytes; the line joins the trials that none beats."""
+    """Accuracy against stored bytes; the line joins the Pareto front."""
     finished = [row for row in rows if row["status"] == "finished"]
     dots = go.Scatter(
         x=[row["stored_bytes"] for row in finished],
@@ -191,7 +191,7 @@ def pareto_chart(rows: Sequence[Row], front: Sequence[Row]) -> Chart:
     return Chart(
         name="tune-pareto",
         title="Accuracy against size",
-        note="Finished trials; the line joins those that no smaller or equal set beats.",
+        note="Finished trials; the line joins those that no set of at most their size beats.",
         summary=f"{points}.",
         figure=plain_figure(figure),
     )

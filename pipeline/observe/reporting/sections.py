@@ -1,4 +1,4 @@
-"""Parts of the report that a run may or may not have: steps, classes, fidelity, uses."""
+"""Optional sections of the report: steps, classes, fidelity, uses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ from pipeline.observe.reporting.tables import SET_NAMES
 from pipeline.observe.snapshots import read_snapshots
 from pipeline.runtime.files import read_json
 
-MAX_SHEET_CLASSES = 40  # of the pictures under the slider
+MAX_SHEET_CLASSES = 40  # per image of the slider
 SHOWN_CLASSES, SHOWN_IMAGES = 3, 3  # best and worst classes, images of each
 
-NOTHING = "\N{EN DASH}"  # in a cell
+NOTHING = "\N{EN DASH}"  # empty cell
 
 AUDIT_COLUMNS = {
     "real": "All real",
@@ -52,17 +52,17 @@ AUDIT_NAMES = {
 def steps_section(
     directory: UPath, stages: Mapping[str, Any], distilled: SyntheticSet
 ) -> dict[str, Any] | None:
-    """The pictures under the slider; None if the run kept none."""
+    """Images of the step slider; None if the run has no snapshots."""
     identity = stages.get("distill", {}).get("fingerprint")
     if not identity:
         return None
     names = distilled.class_names
-    found = read_snapshots(directory / "snapshots" / identity, len(names))
-    if len(found) < 2:
+    snapshots = read_snapshots(directory / "snapshots" / identity, len(names))
+    if len(snapshots) < 2:
         return None
     size = distilled.images.shape[-1]
     frames = []
-    for snapshot in found:
+    for snapshot in snapshots:
         sheet = preview_png(
             snapshot.images,
             snapshot.labels,
@@ -79,14 +79,14 @@ def steps_section(
                 "height": height,
             }
         )
-    shown = len(found[-1].images)
+    shown = len(snapshots[-1].images)
     note = f"{shown} of {len(distilled.images)}" if shown < len(distilled.images) else ""
-    return {"frames": frames, "last": found[-1].step, "note": note}
+    return {"frames": frames, "last": snapshots[-1].step, "note": note}
 
 
 def class_section(rows: Sequence[Mapping[str, Any]], gallery: Gallery) -> dict[str, Any] | None:
-    """Best and worst classes of the distilled set's first row, and its confusion matrix; None if
-    the evaluation did not keep them.
+    """Best and worst classes of the distilled set's first row, and its confusion matrix; None
+    without per-class accuracies.
     """
     row = next((r for r in rows if r["set"] == "distilled" and "per_class" in r), None)
     names = [entry.name for entry in gallery.classes]
@@ -97,14 +97,14 @@ def class_section(rows: Sequence[Mapping[str, Any]], gallery: Gallery) -> dict[s
     shown = min(SHOWN_CLASSES, len(order) // 2)
 
     def entry(c: int) -> dict[str, Any]:
-        found = {"name": names[c], "accuracy": 100 * row["per_class"][c], "confused": ""}
+        values = {"name": names[c], "accuracy": 100 * row["per_class"][c], "confused": ""}
         if confusion is not None:
             others = [(n, j) for j, n in enumerate(confusion[c]) if j != c]
             most, other = max(others)
             if most and other < len(names):
                 share = 100 * most / sum(confusion[c])
-                found |= {"confused": names[other], "share": share}
-        return {**found, "images": gallery.classes[c].after[:SHOWN_IMAGES]}
+                values |= {"confused": names[other], "share": share}
+        return {**values, "images": gallery.classes[c].after[:SHOWN_IMAGES]}
 
     known = [c for c in order if c < len(names)]
     return {
@@ -117,7 +117,7 @@ def class_section(rows: Sequence[Mapping[str, Any]], gallery: Gallery) -> dict[s
 
 
 def audit_section(directory: UPath, names: Sequence[str]) -> dict[str, Any] | None:
-    """The fidelity table, the pairs, the chart by class; None without audit.json."""
+    """Fidelity table, nearest pairs, and chart by class; None without audit.json."""
     content = read_json(directory / "audit.json")
     if content is None:
         return None
@@ -125,9 +125,9 @@ def audit_section(directory: UPath, names: Sequence[str]) -> dict[str, Any] | No
     groups = []
     for extractor in dict.fromkeys(row["extractor"] for row in rows):
         lines = []
-        mine = [row for row in rows if row["extractor"] == extractor]
-        for measure in dict.fromkeys(row["measure"] for row in mine):
-            by_set = {row["set"]: row for row in mine if row["measure"] == measure}
+        group = [row for row in rows if row["extractor"] == extractor]
+        for measure in dict.fromkeys(row["measure"] for row in group):
+            by_set = {row["set"]: row for row in group if row["measure"] == measure}
             lines.append(
                 {
                     "label": AUDIT_NAMES.get(measure, measure),
@@ -160,14 +160,14 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def _digits(value: float, count: int) -> str:
-    """So many digits that count, never an exponent."""
+    """Format with `count` significant digits, without an exponent."""
     return np.format_float_positional(
         value, precision=count, unique=False, fractional=False, trim="-"
     )
 
 
 def uses_section(directory: UPath) -> list[Chart]:
-    """Charts of the stages continual and search-proxy, if they ran."""
+    """Charts of the stages continual and search-proxy, if they have run."""
     continual = read_json(directory / "continual.json")
     proxy = read_json(directory / "search-proxy.json")
     charts = continual_charts(continual["rows"], SET_NAMES) if continual else []

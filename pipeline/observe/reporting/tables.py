@@ -1,11 +1,11 @@
-"""Rows of the report's tables, from the JSON files of a run, with numbers as people read them."""
+"""Rows of the report's tables, with formatted numbers, from the JSON files of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_MADE, _JUDGED = ("shard", "pretrain", "tune", "distill", "curate"), ("evaluate", "audit")
-STAGE_ORDER = (*_MADE, *_JUDGED, "continual", "search-proxy")
+STAGE_ORDER = ("shard", "pretrain", "tune", "distill", "curate", "evaluate", "audit", "continual",
+    "search-proxy")  # fmt: skip
 SET_NAMES = {
     "distilled": "Distilled",
     "distilled_soft": "Distilled, with soft labels",
@@ -21,16 +21,16 @@ SET_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One line of the accuracy table; accuracies in percent, but `runs` in 0..1."""
+    """One row of the accuracy table; accuracies in percent, except `runs` in 0..1."""
 
     set: str
-    label: str  # names network and number of images, too, where they differ between rows
+    label: str  # includes network and number of images if they differ between rows
     network: str
     images_per_class: int
     epochs: int
     runs: Sequence[float]
     mean: float
-    std: float | None  # None: one run has no spread
+    std: float | None  # None: a single run
     gain: float | None  # points over random images, same network and number of images
     interval: tuple[float, float] | None = None  # 95 % confidence interval of the mean
     best_on_test: float | None = None
@@ -38,7 +38,7 @@ class EvaluationRow:
 
 
 def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
-    """The rows of evaluation.json, the known sets first, with the gain over random images."""
+    """Rows of evaluation.json, known sets first, with the gain over random images."""
     order = list(SET_NAMES)
     networks = list(dict.fromkeys(row["network"] for row in rows))
     budgets = {row["images_per_class"] for row in rows if row["set"] != "whole"}
@@ -55,7 +55,7 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
         if len(networks) > 1:
             label.append(row["network"])
         base = reference.get((row["network"], row["images_per_class"]))
-        own = row["set"] in ("random", "whole")  # nothing to gain on itself; another budget
+        no_gain = row["set"] in ("random", "whole")  # the baseline itself; another budget
         result.append(
             EvaluationRow(
                 set=row["set"],
@@ -66,7 +66,7 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
                 runs=row["accuracy"],
                 mean=100 * row["mean"],
                 std=100 * row["std"] if len(row["accuracy"]) > 1 else None,
-                gain=None if own or base is None else 100 * (row["mean"] - base),
+                gain=None if no_gain or base is None else 100 * (row["mean"] - base),
                 interval=_interval(row["mean"], row.get("ci95")),
                 best_on_test=100 * row["best_on_test_mean"] if "best_on_test_mean" in row else None,
                 best_on_test_std=100 * row.get("best_on_test_std", 0.0),
@@ -76,37 +76,37 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
 
 
 def by_network(rows: Sequence[EvaluationRow]) -> tuple[list[str], dict[str, list[Any]]]:
-    """The networks, and by set its row for each of them, None where there is none."""
+    """The networks, and the row of each set for each of them (None if missing)."""
     networks = list(dict.fromkeys(row.network for row in rows))
-    found: dict[str, list[Any]] = {}
+    by_set: dict[str, list[Any]] = {}
     for row in rows:
         label = row.label.removesuffix(f", {row.network}")
-        found.setdefault(label, [None] * len(networks))[networks.index(row.network)] = row
-    return networks, found
+        by_set.setdefault(label, [None] * len(networks))[networks.index(row.network)] = row
+    return networks, by_set
 
 
 def _interval(mean: float, half: float | None) -> tuple[float, float] | None:
-    """In percent; no accuracy is outside of 0 to 100."""
+    """Confidence interval in percent, clipped to 0 to 100."""
     if half is None:
         return None
     return max(0.0, 100 * (mean - half)), min(100.0, 100 * (mean + half))
 
 
 def headline(rows: Sequence[EvaluationRow]) -> dict[str, EvaluationRow]:
-    """What the top of a report names: the first distilled row, and by set those to compare with."""
+    """Rows of the report's header: the first distilled row, and comparable rows of other sets."""
     first = next((row for row in rows if row.set == "distilled"), None)
-    found: dict[str, EvaluationRow] = {}
+    by_set: dict[str, EvaluationRow] = {}
     for row in rows:
         if first is None or row.network != first.network:
             continue
         if row.set == "whole" or row.images_per_class == first.images_per_class:
-            found.setdefault(row.set, row)
-    return found
+            by_set.setdefault(row.set, row)
+    return by_set
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRow:
-    """Cost of one stage."""
+    """Time and memory of one stage."""
 
     name: str
     seconds: float
@@ -116,7 +116,7 @@ class StageRow:
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[StageRow]:
-    """The stages of stages.json in the order in which they run."""
+    """The stages of stages.json, in execution order."""
     order = list(STAGE_ORDER)
     names = sorted(stages, key=lambda name: order.index(name) if name in order else len(order))
     return [
@@ -132,7 +132,7 @@ def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[StageRow]:
 
 
 def duration(seconds: float) -> str:
-    """8.25 -> 8.2 s, 95 -> 1 min 35 s, 3725 -> 1 h 02 min."""
+    """Format seconds: 8.25 -> 8.2 s, 95 -> 1 min 35 s, 3725 -> 1 h 02 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -143,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(count: int | None) -> str:
-    """Bytes in MiB or GiB."""
+    """Format bytes in MiB or GiB."""
     if not count:
         return "unknown"
     mib = count / 2**20

@@ -52,12 +52,12 @@ def check_search(command: "Command") -> None:
         group = key.partition(".")[0]
         if group not in SEARCHED or key == RUNG_OPTION:
             raise UsageError(
-                f"tune.space {key!r}: searched can be {', '.join(SEARCHED)}, but {RUNG_OPTION}"
+                f"tune.space {key!r}: searchable are {', '.join(SEARCHED)}, except {RUNG_OPTION}"
             )
         if config.tune.sampler == "optuna" and group in INPUTS and choices.choice is None:
             raise UsageError(
-                f"tune.space {key!r}: with tune.sampler optuna, what changes shards or networks "
-                "needs a choice: they are made before the trials"
+                f"tune.space {key!r}: with tune.sampler optuna, options that change shards or "
+                "networks need a choice: these are built before the trials"
             )
         # Constraints between searched options of a group are checked jointly, below.
         alone = not any(k != key and k.partition(".")[0] == group for k in space)
