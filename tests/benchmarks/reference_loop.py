@@ -196,7 +196,7 @@ class ReferenceLoop:
                 continue
             images_gradient = self.images[c].grad
             self.psi_optimizer.zero_grad()
-            value = psi_objective(x, y, t, like.frequencies.objective)
+            value = psi_objective(x, y, t, like.frequencies.config.objective)
             add("psi_objective", value)
             self.images[c].grad = None
             value.backward(retain_graph=True)  # once more through the whole graph; t has others
