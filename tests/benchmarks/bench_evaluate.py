@@ -96,6 +96,7 @@ def train_all(
             assert isinstance(done, Connection)
             number = working.pop(done)
             found[number] = done.recv()
+            progress(f"network {len(found)} of {len(tasks)} trained")
             idle.append(done)
             free += threads[number]
     return time.perf_counter() - began, [found[number] for number in range(len(tasks))]

@@ -80,6 +80,7 @@ class Bench:
             "distill.real_batch": real_batch,
             "distill.num_steps": steps,
             "runtime.max_failures": 0,
+            "pretrain.training.epochs": 1,  # a step takes as long with any weights
         }
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))
         run.start()

@@ -246,7 +246,7 @@ def measure(
         for variant in variants:
             for name in names:  # with psi right after without: the machine's speed varies
                 values[name, variant]["step"].append(processes[name, variant].ask("step"))
-        progress(f"step {number + 1} of {steps}")
+            progress(f"step {number + 1} of {steps}, {variant}")
     for key, process in processes.items():
         if device.type == "cpu":
             values[key]["resident"] = [process.ask("resident_mib") for _ in range(3)]

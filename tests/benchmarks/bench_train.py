@@ -25,7 +25,7 @@ from record import Recorder, progress
 from ncfm.backend.kernels import kernel_logits
 from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig, build_model
-from ncfm.train import TrainConfig, train
+from ncfm.train import EpochReport, TrainConfig, train
 
 VARIANTS = ("plain", "layers", "native")
 CLASSES = 10
@@ -101,7 +101,13 @@ class Trainer:
             seed=0,
             threads=self.threads,
             on_batch=answer if pipe is not None else None,
+            report=None if pipe is not None else print_epoch,
         )
+
+
+def print_epoch(report: EpochReport) -> None:
+    """A line for each epoch of a long training."""
+    progress(f"epoch {report.epoch + 1} done")
 
 
 def serve_steps(case: Case, variant: str, steps: int, pipe: Connection) -> None:

@@ -111,14 +111,16 @@ def progress(text: str) -> None:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The command line of this process, without the paths of this machine."""
+    """The command line that a row names: without the paths of this machine."""
     kept, rest = list[str](), iter(arguments[1:])
     for argument in rest:
         if argument in PATH_OPTIONS:
             next(rest, None)
         elif not argument.startswith(tuple(f"{option}=" for option in PATH_OPTIONS)):
             kept.append(argument)
-    return shlex.join(["python", f"tests/benchmarks/{Path(arguments[0]).name}", *kept])
+    threads = os.environ.get("OMP_NUM_THREADS")  # otherwise PyTorch uses all cores
+    prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
+    return prefix + shlex.join(["python", f"tests/benchmarks/{Path(arguments[0]).name}", *kept])
 
 
 @cache

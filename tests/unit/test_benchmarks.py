@@ -91,9 +91,13 @@ def test_the_processor_is_named_with_its_generation() -> None:
     assert record.processor(intel) == "Intel Xeon (AVX-512)"
 
 
-def test_a_command_names_no_path_of_the_machine() -> None:
+def test_a_command_names_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["/a/bench_x.py", "--out", "/b/x.csv", "--steps", "5", "--work=/c", "--cases", "32"]
-    assert record.command(arguments) == "python tests/benchmarks/bench_x.py --steps 5 --cases 32"
+    command = "python tests/benchmarks/bench_x.py --steps 5 --cases 32"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert record.command(arguments) == command
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which changes what is measured
+    assert record.command(arguments) == f"OMP_NUM_THREADS=1 {command}"
 
 
 def test_every_command_of_run_all_exists() -> None:
