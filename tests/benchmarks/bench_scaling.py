@@ -250,9 +250,10 @@ def measure(folder: Path, args: argparse.Namespace, recorder: Recorder) -> None:
     torch.set_num_threads(1)
     progress("preparing the job: the stages before distill")
     bench = Bench(folder, args.steps, args.real_batch)
+    batch = f"{args.real_batch} real images"
     for sampler in SAMPLERS:
         for variant, values in bench.scaling(sampler, args.turns).items():
-            recorder.add(f"workers, {sampler}", variant, "step", "s", values)
+            recorder.add(f"{sampler}, {batch}", variant, "step", "s", values)
     connect()
     ways: dict[str, Callable[[], float]] = {
         "this process": lambda: bench.in_this_process("alone"),
@@ -265,7 +266,7 @@ def measure(folder: Path, args: argparse.Namespace, recorder: Recorder) -> None:
             seconds[name].append(run())
             progress(f"turn {turn + 1} of {args.turns}: {name}")
     for name, values in seconds.items():
-        recorder.add("loop, gaussian", name, "step", "s", values)
+        recorder.add(f"gaussian, {batch}", name, "step", "s", values)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ def main() -> None:
             )
             times["shard"].append(seconds(lambda: ours(args.count)))
             progress(f"repeat {repeat + 1} of {args.repeats}")
+        pool.close()  # not terminated: Ray's handler of SIGTERM would print a stack trace
+        pool.join()
     memory[args.count] = sorted(large.values(), key=lambda item: -item[1])
     ray.shutdown()
     case = f"{args.count} images as {args.encoding}"
