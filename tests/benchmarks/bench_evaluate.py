@@ -1,44 +1,36 @@
-"""Training of a set's evaluation networks: in plain PyTorch, and as the pipeline does it.
+"""Seconds of training a set's evaluation networks: plain PyTorch against the evaluate stage.
 
-    python tests/benchmarks/bench_evaluate.py --out runs/bench [--repeats 5]
+    python tests/benchmarks/bench_evaluate.py [--cases small] [--repeats 5] [--turns 3] [--out CSV]
 
-`plain`: PyTorch's own layers, malloc as it comes, whole batches, one network after another, each on
-all cores. `ours`: as the evaluate stage has it, a network a core, and those that are over share the
-cores. The networks
-are the built-in preset's: those of one set of as many images as its synthetic set shows (`small`,
-40, 200 epochs), of its whole set (`whole`, 2000), and of all four sets of its stage (`stage`). The
-variants take turns, all networks of a case each. Prints a table and writes evaluate.json: seconds a
-case, their ratio, and the accuracies, whose differences are those of rounding, grown over a
-training.
+It needs no Ray. `plain`: PyTorch's own layers, malloc as it is, whole batches, one network after
+another, each on all cores. `pipeline`: as the evaluate stage trains them, a network a core, and the
+remaining ones share the cores. The networks are the built-in preset's: those of one set of as many
+images as its synthetic set shows (`small`: 40 images, 200 epochs), of its whole set (`whole`: 2000
+images, 5 epochs), and of all four sets of its stage (`stage`). The variants take turns, all
+networks of a case each. Accuracies differ by rounding, which a training amplifies.
 """
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
-import statistics
-import sys
 import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 import torch
-from reference_loop import plain
+from plain_training import as_plain_pytorch
+from record import Recorder, progress
 
-import ncfm.evaluate
-import ncfm.train
 from ncfm.evaluate import train_and_test
 from ncfm.images import ImageSpec, InMemoryImages
-from ncfm.models import Classifier, build_model
 from pipeline.cli import PRESETS, parse_command
 from pipeline.runtime.tasks import thread_shares
 
 WHOLE = 200
 CASES = {"small": [4], "whole": [WHOLE], "stage": [1, 4, 4, WHOLE]}
 """Sets of so many images of a class: random, of the same factor, distilled, whole."""
-VARIANTS = ("plain", "ours")
+VARIANTS = ("plain", "pipeline")
 CLASSES, SIZE, TEST = 10, 32, 50
 CORES = len(os.sched_getaffinity(0))
 
@@ -58,17 +50,11 @@ def stripes(count: int, seed: int) -> InMemoryImages:
 
 def serve(variant: str, pipe: Connection) -> None:
     """Train the network of every (images of a class, seed) that comes; answer with its accuracy."""
-    if variant == "ours":
+    if variant == "pipeline":
         torch.set_num_threads(1)
     else:
         torch.set_num_threads(CORES)
-        ncfm.train.keep_freed_memory = lambda: False  # type: ignore[attr-defined]
-        ncfm.train.PART_PIXELS = 2**40
-
-        def build(*args: Any, **options: Any) -> Classifier:
-            return plain(build_model(*args, **options))
-
-        sys.modules["ncfm.evaluate"].build_model = build  # type: ignore[attr-defined]
+        as_plain_pytorch()
     config = parse_command(["--config", str(PRESETS / "builtin.toml")]).config
     spec = ImageSpec(
         channels=3, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3,
@@ -110,18 +96,19 @@ def train_all(
             assert isinstance(done, Connection)
             number = working.pop(done)
             found[number] = done.recv()
+            progress(f"network {len(found)} of {len(tasks)} trained")
             idle.append(done)
             free += threads[number]
     return time.perf_counter() - began, [found[number] for number in range(len(tasks))]
 
 
-def measure(case: str, repeats: int, turns: int) -> list[dict[str, Any]]:
-    """A row of each variant."""
+def measure(case: str, repeats: int, turns: int, recorder: Recorder) -> None:
+    """Train all networks of a case in turns."""
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, list[Connection]] = {variant: [] for variant in VARIANTS}
     running = []
     for variant in VARIANTS:
-        for _ in range(CORES if variant == "ours" else 1):
+        for _ in range(CORES if variant == "pipeline" else 1):
             mine, its = spawn.Pipe()
             running.append(spawn.Process(target=serve, args=(variant, its)))
             running[-1].start()
@@ -130,52 +117,39 @@ def measure(case: str, repeats: int, turns: int) -> list[dict[str, Any]]:
             pipes[variant].append(mine)
     found: dict[str, list[tuple[float, list[float]]]] = {variant: [] for variant in VARIANTS}
     tasks = [(count, seed) for count in CASES[case] for seed in range(repeats)]
-    for _ in range(turns):
+    for turn in range(turns):
         for variant in VARIANTS:
             servers = pipes[variant]
             found[variant].append(
                 train_all(servers, tasks, thread_shares(len(tasks), len(servers)))
             )
+            progress(
+                f"{case}, turn {turn + 1} of {turns}, {variant}: {found[variant][-1][0]:.1f} s"
+            )
     for pipe in [pipe for mine in pipes.values() for pipe in mine]:
         pipe.send(None)
     for process in running:
         process.join()
-    rows: list[dict[str, Any]] = []
+    label = f"{case}: {len(tasks)} network{'s' * (len(tasks) > 1)}"
     for variant in VARIANTS:
-        seconds = [seconds for seconds, _ in found[variant]]
-        rows.append(
-            {
-                "case": case,
-                "variant": variant,
-                "seconds": seconds,
-                "median_s": statistics.median(seconds),
-                "accuracy": found[variant][0][1],
-            }
-        )
-    rows[-1]["times_faster"] = rows[0]["median_s"] / rows[-1]["median_s"]
-    return rows
+        recorder.add(label, variant, "training", "s", [seconds for seconds, _ in found[variant]])
+    for variant in VARIANTS:
+        accuracies = [100 * value for value in found[variant][0][1]]
+        recorder.add(label, variant, "test accuracy", "%", accuracies)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5, help="networks of a set")
     parser.add_argument("--turns", type=int, default=3, help="times that each variant trains them")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, help="CSV file that gets the rows")
     args = parser.parse_args()
-    rows = [r for case in args.cases for r in measure(case, args.repeats, args.turns)]
-    print(f"{'case':6} {'variant':8} {'seconds':>9} {'faster':>7}  accuracies in %")
-    for row in rows:
-        accuracies = " ".join(f"{100 * value:.1f}" for value in row["accuracy"])
-        print(
-            f"{row['case']:6} {row['variant']:8} {row['median_s']:9.2f} "
-            f"{row.get('times_faster', 1.0):7.2f}  {accuracies}"
-        )
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = {"repeats": args.repeats, "cores": CORES, "rows": rows}
-        (args.out / "evaluate.json").write_text(json.dumps(result, indent=1))
+    recorder = Recorder("evaluate", args.out)
+    for case in args.cases:
+        measure(case, args.repeats, args.turns, recorder)
+    recorder.write()
 
 
 if __name__ == "__main__":

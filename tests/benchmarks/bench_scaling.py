@@ -1,12 +1,16 @@
-"""What distribution costs: ratios inside one run, and a prediction from measured inputs.
+"""What distribution costs, and a prediction for many GPUs from measured inputs.
 
-    python tests/benchmarks/bench_scaling.py --out runs/bench [--steps 40] [--images_per_s 9000]
+    python tests/benchmarks/bench_scaling.py [--steps 40] [--turns 3] [--out CSV]
+    python tests/benchmarks/bench_scaling.py --predict [--images_per_s 9000]
 
-Prints JSON, and writes it to scaling.json: Ray Train around the loop against the same loop in this
-process; two workers against one, a core each, with psi off and on, without Ray, whose own processes
-have no third core here; what one worker loses if another, which it does not talk to, runs on the
-other core; the loop's time in checkpoints; and the predicted efficiency at 8, 64 and 512 GPUs for
-ImageNet-1K at 224 px, IPC 10, on 100 Gb/s Ethernet, with the model and all its inputs.
+Seconds of a step of the built-in preset. `this process` and `Ray Train`: the same loop without Ray
+and as the one worker of Ray Train. `saving`: with checkpoints written all the time. `one worker`
+and `two workers`, a core each, without Ray, whose own processes have no third core on a small
+machine. `one beside another`: one worker while another, independent one runs on the other core.
+`checkpoint`: how long the loop waits for a checkpoint, and how long writing it takes.
+
+`--predict` prints, as JSON, the efficiency at 8, 64 and 512 GPUs for ImageNet-1K at 224 px, IPC 10,
+on 100 Gb/s Ethernet, with the model and its inputs. It is a calculation and no row.
 """
 
 import argparse
@@ -15,13 +19,16 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import torch
 import torch.distributed as dist
+from record import Recorder, progress
 from upath import UPath
 
 from ncfm.frequencies import FrequencyConfig
@@ -73,6 +80,7 @@ class Bench:
             "distill.real_batch": real_batch,
             "distill.num_steps": steps,
             "runtime.max_failures": 0,
+            "pretrain.training.epochs": 1,  # a step takes as long with any weights
         }
         run = Run(parse_command([t for k, v in options.items() for t in (f"--{k}", str(v))]))
         run.start()
@@ -131,20 +139,16 @@ class Bench:
             raise RuntimeError(f"{name}: a worker ended with {[p.exitcode for p in processes]}")
         return statistics.mean(map(_median_step, jobs))
 
-    def scaling(self, sampler: Sampler, turns: int = 3) -> dict[str, float | list[float]]:
-        """Two workers against one; each in turn."""
-        seconds: dict[str, list[float]] = {"one": [], "two": [], "beside": []}
-        for _ in range(turns):
-            for name, workers in {"one": (1,), "two": (2,), "beside": (1, 1)}.items():
-                seconds[name].append(self.on_nodes(name, *workers, sampler=sampler))
-        one, two, beside = map(statistics.median, seconds.values())
-        return {
-            "step_s_one_worker": seconds["one"],
-            "step_s_two_workers": seconds["two"],
-            "two_workers_speedup": one / two,
-            "step_s_one_worker_beside_another": seconds["beside"],
-            "machine_slows_down": beside / one - 1,
-        }
+    def scaling(self, sampler: Sampler, turns: int) -> dict[str, list[float]]:
+        """Median seconds of a step with one and with two workers, in turns."""
+        variants = {"one worker": (1,), "two workers": (2,), "one beside another": (1, 1)}
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for turn in range(turns):
+            for name, workers in variants.items():
+                folder = name.replace(" ", "-")
+                seconds[name].append(self.on_nodes(folder, *workers, sampler=sampler))
+                progress(f"{sampler}, turn {turn + 1} of {turns}: {name}")
+        return seconds
 
 
 def _median_step(job: DistillJob) -> float:
@@ -152,7 +156,7 @@ def _median_step(job: DistillJob) -> float:
     return statistics.median(rows[len(rows) // 3 :])
 
 
-def checkpoint_stall(folder: Path, mib: int) -> dict[str, float]:
+def checkpoint_stall(folder: Path, mib: int) -> tuple[float, float]:
     """How long the loop stands still for a checkpoint, and how long the checkpoint takes."""
     state = {"step": torch.tensor(1), "class/0/images": torch.rand(mib * 2**18)}
     writer = CheckpointWriter(UPath(folder / f"stall-{time.time_ns()}"))
@@ -160,7 +164,7 @@ def checkpoint_stall(folder: Path, mib: int) -> dict[str, float]:
     writer.save(1, {key: value.clone() for key, value in state.items()})
     stalled = time.perf_counter() - began
     writer.wait()
-    return {"mib": mib, "loop_waits_s": stalled, "takes_s": time.perf_counter() - began}
+    return stalled, time.perf_counter() - began
 
 
 def predict(images_per_s: float, *, bytes_per_s: float, latency_s: float) -> dict[str, Any]:
@@ -216,38 +220,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--real_batch", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="CSV file that gets the rows")
+    parser.add_argument("--folder", type=Path, help="where runs and checkpoints go")
+    parser.add_argument("--predict", action="store_true")
     parser.add_argument(
         "--images_per_s", type=float, default=9000.0, help="of one GPU at 224 px: assumed"
     )
     parser.add_argument("--latency_s", type=float, default=3e-5)
-    parser.add_argument("--predict_only", action="store_true")
     args = parser.parse_args()
-    folder: Path = args.out.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "prediction": predict(args.images_per_s, bytes_per_s=100e9 / 8, latency_s=args.latency_s),
-        "checkpoint": [checkpoint_stall(folder, mib) for mib in (16, 128)],
+    if args.predict:
+        rows = predict(args.images_per_s, bytes_per_s=100e9 / 8, latency_s=args.latency_s)
+        print(json.dumps(rows, indent=1))
+        return
+    recorder = Recorder("scaling", args.out)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        measure(Path(name), args, recorder)
+    recorder.write()
+
+
+def measure(folder: Path, args: argparse.Namespace, recorder: Recorder) -> None:
+    """Checkpoints; two workers against one; Ray Train against this process."""
+    for mib in (16, 128):
+        waits, takes = zip(*(checkpoint_stall(folder, mib) for _ in range(5)), strict=True)
+        recorder.add(f"checkpoint of {mib} MiB", "loop waits", "checkpoint", "s", waits)
+        recorder.add(f"checkpoint of {mib} MiB", "written after", "checkpoint", "s", takes)
+    torch.set_num_threads(1)
+    progress("preparing the job: the stages before distill")
+    bench = Bench(folder, args.steps, args.real_batch)
+    batch = f"{args.real_batch} real images"
+    for sampler in SAMPLERS:
+        for variant, values in bench.scaling(sampler, args.turns).items():
+            recorder.add(f"{sampler}, {batch}", variant, "step", "s", values)
+    connect()
+    ways: dict[str, Callable[[], float]] = {
+        "this process": lambda: bench.in_this_process("alone"),
+        "Ray Train": lambda: bench.in_ray("ray"),
+        "saving": lambda: bench.in_this_process("saving", OFTEN),
     }
-    if not args.predict_only:
-        torch.set_num_threads(1)
-        bench = Bench(folder, args.steps, args.real_batch)
-        scaling = {sampler: bench.scaling(sampler) for sampler in SAMPLERS}
-        alone = bench.in_this_process("alone")
-        connect()
-        in_ray = bench.in_ray("ray")
-        saving = bench.in_this_process("saving", OFTEN)
-        result["measured"] = {
-            "step_s_in_this_process": alone,
-            "step_s_in_ray": in_ray,
-            "ray_overhead": in_ray / alone - 1,
-            "scaling": scaling,
-            "checkpoints_without_pause_slow_down": saving / alone - 1,
-        }
-    print(json.dumps(result, indent=1))
-    (folder / "scaling.json").write_text(json.dumps(result, indent=1))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(args.turns):
+        for name, run in ways.items():
+            seconds[name].append(run())
+            progress(f"turn {turn + 1} of {args.turns}: {name}")
+    for name, values in seconds.items():
+        recorder.add(f"gaussian, {batch}", name, "step", "s", values)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""The shard stage against a plain multiprocess Pillow loop on the same cores, in the same run.
+"""The shard stage against a plain multiprocess Pillow loop on the same cores.
 
-    python tests/benchmarks/bench_shard.py --count 4000 --workers 2 --out shard.json
+    python tests/benchmarks/bench_shard.py [--count 4000] [--encoding jpeg] [--out CSV]
 
-JPEGs are made on the spot (under --work, where they stay for the next run). Both sides decode,
-resize and encode all of them, by turns, `--repeats` times; the ratio is that of the medians. The
-memory is the peak of every process, for a quarter of the images and then for all: it must not grow.
+JPEGs are generated under --work, where they stay for the next run. Both sides decode, resize and
+encode all of them, in turns, `--repeats` times. `largest task`: peak resident memory of the largest
+Ray task, with a quarter of the images and with all: it must not grow with their number.
 """
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -25,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import ray
 from PIL import Image
+from record import Recorder, progress
 from upath import UPath
 
 from pipeline.data.shards import ShardConfig
@@ -123,9 +122,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench_shard")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV file that gets the rows")
     args = parser.parse_args()
+    recorder = Recorder("shard", args.out)
     size = (args.width, args.height)
+    progress(f"generating {args.count} JPEGs, unless they are there")
     trees = {}
     for count in (args.count // 4, args.count):
         root = trees[count] = args.work / f"{args.width}x{args.height}-{args.classes}-{count}"
@@ -150,41 +151,30 @@ def main() -> None:
     ray.init(address="local", num_cpus=args.workers, include_dashboard=False, logging_level="ERROR")
     memory, times = {}, {"plain": [], "shard": []}
     paths = sorted(str(path) for path in trees[args.count].glob("*/*/*.jpg"))
+    progress(f"sharding a quarter of {len(paths)} images")
     with watched() as small:
         ours(args.count // 4)
     memory[args.count // 4] = sorted(small.values(), key=lambda item: -item[1])
     with watched() as large, multiprocessing.Pool(args.workers) as pool:
         list(pool.imap_unordered(loop, paths[:64], chunksize=8))
-        for _ in range(args.repeats):
+        for repeat in range(args.repeats):
             times["plain"].append(
                 seconds(lambda: list(pool.imap_unordered(loop, paths, chunksize=16)))
             )
             times["shard"].append(seconds(lambda: ours(args.count)))
+            progress(f"repeat {repeat + 1} of {args.repeats}")
+        pool.close()  # not terminated: Ray's handler of SIGTERM would print a stack trace
+        pool.join()
     memory[args.count] = sorted(large.values(), key=lambda item: -item[1])
     ray.shutdown()
-    rates = {name: len(paths) / statistics.median(taken) for name, taken in times.items()}
-    workers = {count: max(b for name, b in p if "ray::" in name) for count, p in memory.items()}
-    result = {
-        "options": {key: str(value) for key, value in vars(args).items()},
-        "seconds": times,
-        "images_per_s": rates,
-        "ratio": rates["shard"] / rates["plain"],
-        "peak_rss_mib": {
-            count: [(name, round(size / 2**20)) for name, size in found]
-            for count, found in memory.items()
-        },
-        "worker_growth": workers[args.count] / workers[args.count // 4],
-    }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
-    print(f"{len(paths)} JPEGs of {args.width} x {args.height} px -> {args.image_size} px")
-    for name, rate in rates.items():
-        print(f"{name:6} {rate:8.1f} images/s   runs {[round(t, 1) for t in times[name]]} s")
-    print(f"ratio  {result['ratio']:8.3f}")
+    case = f"{args.count} images as {args.encoding}"
+    for name, taken in times.items():
+        recorder.add(case, name, "all images", "s", taken)
     for count, found in memory.items():
-        most = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in found[:4])
-        print(f"peak MiB of a process with {count} images: {most}")
-    print(f"largest task process: {result['worker_growth']:.3f} times as large with all images")
+        largest = max(size for name, size in found if "ray::" in name) / 2**20
+        part = "all images" if count == args.count else "a quarter of the images"
+        recorder.add(case, "shard", f"largest task, {part}", "MiB", [largest])
+    recorder.write()
 
 
 if __name__ == "__main__":

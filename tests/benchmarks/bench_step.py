@@ -1,23 +1,22 @@
-"""The minmax step against the paper's own loop (reference_loop.py): ratios in one run, without Ray.
+"""Seconds and memory of a distillation step against the paper's own loop (reference_loop.py).
 
-    python tests/benchmarks/bench_step.py --out runs/bench [--cases 32 128] [--steps 5] [--starts 5]
+    python tests/benchmarks/bench_step.py [--cases 32 128] [--steps 5] [--starts 5] [--out CSV]
     python tests/benchmarks/bench_step.py --parts 32-psi
     python tests/benchmarks/bench_step.py --device cuda --cases cifar100 cifar100-psi
 
-Each variant lives in a process of its own, since allocators and compiled code outlast a step, and
-the variants take turns, a step each. Where a process has its memory makes a step some per cent
-quicker or slower for good: `--starts` starts all of them afresh so many times, and the medians are
-of all steps. Prints a table and writes step.json: median seconds, their ratio, MiB of a step, the
-FLOP rate beside that of this machine's convolutions alone, and what psi adds to the case without
-it. MiB are of tensors, at the step's height beyond what is held between steps, counted from what
-PyTorch allocates and frees, not sampled; `resident`: those by which the process grows in a step,
-with scratch and what malloc leaves unused. (On a GPU: all tensors there, weights and images
-included.) `--parts`: where the time of the compiled step goes, on a CPU.
+It needs no Ray. Each variant has a process of its own, since allocators and compiled code outlast a
+step, and the variants take turns, a step each. The memory layout of a process makes all of its
+steps a few per cent faster or slower: `--starts` starts all processes afresh so many times, and the
+medians are over all steps.
+
+`tensors`: MiB of tensors at the peak of a step beyond those held between steps, counted from
+PyTorch's allocations (on a GPU, of all tensors there). `resident`: MiB by which the process grows
+in a step, with scratch memory and what malloc leaves unused. `extractor`: GFLOP/s by the definition
+of a convolution. `--parts`: where the time of a compiled step on a CPU goes.
 """
 
 import argparse
 import ctypes
-import json
 import os
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import Recorder, progress
 from reference_loop import ReferenceLoop, plain
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -169,10 +169,6 @@ def _status(name: str) -> int:
     raise LookupError(name)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for what a GPU still has to do."""
     if device.type == "cuda":
@@ -234,84 +230,64 @@ def serve(case: str, name: str, device: torch.device) -> None:
 
 def measure(
     names: list[str], variants: list[str], steps: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """Rows of all cases and variants, from one start of their processes; the steps take turns, over
-    all of them.
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(case, variant) -> quantity -> values, from one start of all processes. The steps take turns,
+    over all of them.
     """
     processes = {
         (name, variant): Process(name, variant, device) for name in names for variant in variants
     }
-    for process in processes.values():
+    for number, (key, process) in enumerate(processes.items()):
+        progress(f"warm-up of {' '.join(key)}: {number + 1} of {len(processes)}")
         for _ in range(2):  # compile, warm up
             process.ask("step")
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in processes}
-    for _ in range(steps):
+    values: dict[tuple[str, str], dict[str, list[float]]] = {key: {"step": []} for key in processes}
+    for number in range(steps):
         for variant in variants:
             for name in names:  # with psi right after without: the machine's speed varies
-                seconds[name, variant].append(processes[name, variant].ask("step"))
-    rows = []
-    for (name, variant), process in processes.items():
-        row = {"case": name, "variant": variant, "all_seconds": seconds[name, variant]}
+                values[name, variant]["step"].append(processes[name, variant].ask("step"))
+            progress(f"step {number + 1} of {steps}, {variant}")
+    for key, process in processes.items():
         if device.type == "cpu":
-            row["all_resident_mib"] = [process.ask("resident_mib") for _ in range(7)]
-        row |= {what: process.ask(what) for what in ("tensor_mib", "gigaflop")}
-        rows.append(row)
+            values[key]["resident"] = [process.ask("resident_mib") for _ in range(3)]
+        values[key]["tensors"] = [process.ask("tensor_mib")]
+        gigaflop = process.ask("gigaflop")
+        values[key]["extractor"] = [gigaflop / seconds for seconds in values[key]["step"]]
+        progress(f"memory of {' '.join(key)}")
         process.close()
-    return rows
+    return values
 
 
-def compare(starts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all starts, with their medians and the ratios of these."""
-    rows = []
-    for same in zip(*starts, strict=True):
-        row = dict(same[0])
-        for each in row.keys() & {"all_seconds", "all_resident_mib"}:
-            row[each] = [value for start in same for value in start[each]]
-            row[each.removeprefix("all_")] = statistics.median(row[each])
-        rows.append({**row, "gflops": row["gigaflop"] / row["seconds"]})
-    found = {(row["case"], row["variant"]): row for row in rows}
-    for (case, variant), row in found.items():
-        if plain := found.get((case, "reference")):
-            row["times_faster"] = plain["seconds"] / row["seconds"]
-            for memory in row.keys() & {"tensor_mib", "resident_mib"}:
-                row[f"{memory}_ratio"] = row[memory] / plain[memory]
-        if case.endswith("-psi") and (off := found.get((case.removesuffix("-psi"), variant))):
-            row["psi_time"] = row["seconds"] / off["seconds"] - 1
-            row["psi_memory"] = row["tensor_mib"] / off["tensor_mib"] - 1
-    return rows
+UNITS = {"step": "s", "resident": "MiB", "tensors": "MiB", "extractor": "GFLOP/s"}
 
 
-def cell(row: dict[str, Any], name: str, form: str) -> str:
-    """As wide as it is where there is nothing to compare with."""
-    return format(row[name], form) if name in row else " " * len(format(0.0, form))
-
-
+FORWARD, BACKWARD = "extractor, synthetic, forward", "extractor, synthetic, backward"
 PARTS: dict[str, tuple[Any, str]] = {
-    "extractor, real images": (FeatureExtractor, "real"),
-    "extractor, synthetic images, forward": (FeatureExtractor, "synthetic"),
-    "of these two, augmentation": (Augment, "apply"),
+    "extractor, real": (FeatureExtractor, "real"),
+    FORWARD: (FeatureExtractor, "synthetic"),
+    "augmentation (part of the forward passes)": (Augment, "apply"),
     "angles, cosines and sines": (Match, "__init__"),
-    "the images' gradient w.r.t. features": (Match, "descent"),
+    "gradient w.r.t. synthetic features": (Match, "descent"),
     "psi's objective": (Match, "objective"),
     "psi's gradient": (Match, "add_scale_gradients"),
     "psi's step": (Distiller, "_step_psi"),
-    "frequencies": (Distiller, "_frequencies"),
-    "weights": (ExtractorPool, "blend"),
-    "the images' step": (Distiller, "_step_images"),
+    "sampling frequencies": (Distiller, "_frequencies"),
+    "blending the weights": (ExtractorPool, "blend"),
+    "the images' optimizer step": (Distiller, "_step_images"),
 }
 
 
-def print_parts(case: str, steps: int) -> None:
-    """Mean seconds of a step's parts, by the clock."""
-    seconds = dict.fromkeys([*PARTS, "the way back to the pixels"], 0.0)
+def measure_parts(case: str, steps: int, recorder: Recorder) -> None:
+    """Seconds of a step's parts, by the clock."""
+    seconds = dict.fromkeys([*PARTS, BACKWARD], 0.0)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             result = function(*args, **kwargs)
             seconds[part] += time.perf_counter() - began
-            if part == "extractor, synthetic images, forward":
-                return result[0], timed("the way back to the pixels", result[1])
+            if part == FORWARD:
+                return result[0], timed(BACKWARD, result[1])
             return result
 
         return call
@@ -321,16 +297,20 @@ def print_parts(case: str, steps: int) -> None:
     variant = Variant(CASES[case], "compiled", torch.device("cpu"))
     for _ in range(2):
         variant.step()
-    seconds.update(dict.fromkeys(seconds, 0.0))
-    whole = sum(variant.step() for _ in range(steps))
-    for part, total in seconds.items():
-        print(f"{part:40} {total / steps:.4f}")
-    print(f"{'the whole step':40} {whole / steps:.4f}")
+    found: dict[str, list[float]] = {part: [] for part in [*seconds, "whole step"]}
+    for number in range(steps):
+        seconds.update(dict.fromkeys(seconds, 0.0))
+        found["whole step"].append(variant.step())
+        for part, spent in seconds.items():
+            found[part].append(spent)
+        progress(f"step {number + 1} of {steps}")
+    for part, values in found.items():
+        recorder.add(case, "compiled", part, "s", values)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV file that gets the rows")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["32", "32-psi", "128"])
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["reference", "eager", "compiled"]
@@ -346,41 +326,29 @@ def main() -> None:
         return
     if args.parts:
         if args.device.type != "cpu":
-            parser.error("--parts times a step on a CPU: on a GPU the clock sees launches alone")
-        print_parts(args.parts, args.steps)
+            parser.error("--parts needs a CPU: on a GPU the clock sees kernel launches alone")
+        recorder = Recorder("parts", args.out)
+        measure_parts(args.parts, args.steps, recorder)
+        recorder.write()
         return
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    precisions = {name: VARIANTS[name].get("precision", "float32") for name in args.variants}
-    peaks = {
-        precision: convolution_gflops(args.device, getattr(torch, precision))
-        for precision in set(precisions.values())
-    }
-    starts = []
+    recorder = Recorder("step", args.out, str(args.device))
+    total: dict[tuple[str, str], dict[str, list[float]]] = {}
     for number in range(args.starts):
-        starts.append(measure(args.cases, args.variants, args.steps, args.device))
-        print(f"start {number + 1} of {args.starts} measured", file=sys.stderr, flush=True)
-    rows = compare(starts)
-    print(f"{device_name(args.device)}, {torch.get_num_threads()} threads")
-    print(
-        f"{'case':18} {'variant':10} {'seconds':>8} {'faster':>7} {'MiB':>6} {'ratio':>6} "
-        f"{'resident':>8} {'ratio':>6} {'psi: time':>9} {'memory':>6} GFLOP/s"
-    )
-    for row in rows:
-        peak = peaks[precisions[row["variant"]]]
-        print(
-            f"{row['case']:18} {row['variant']:10} {row['seconds']:8.3f} "
-            f"{cell(row, 'times_faster', '7.2f')} {row['tensor_mib']:6.1f} "
-            f"{cell(row, 'tensor_mib_ratio', '6.2f')} {cell(row, 'resident_mib', '8.0f')} "
-            f"{cell(row, 'resident_mib_ratio', '6.2f')} {cell(row, 'psi_time', '+9.1%')} "
-            f"{cell(row, 'psi_memory', '+6.1%')} {row['gflops']:5.0f} "
-            f"({100 * row['gflops'] / peak:.0f} % of a convolution's)"
-        )
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = {"device": device_name(args.device), "threads": torch.get_num_threads()}
-        result |= {"convolution_gflops": peaks, "rows": rows}
-        (args.out / "step.json").write_text(json.dumps(result, indent=1))
+        progress(f"start {number + 1} of {args.starts}")
+        for key, values in measure(args.cases, args.variants, args.steps, args.device).items():
+            for quantity, more in values.items():
+                total.setdefault(key, {}).setdefault(quantity, []).extend(more)
+    for (case, variant), quantities in total.items():
+        for quantity, unit in UNITS.items():
+            if quantity in quantities:
+                recorder.add(case, variant, quantity, unit, quantities[quantity])
+    dtypes = {VARIANTS[name].get("precision", "float32") for name in args.variants}
+    for dtype in sorted(dtypes):
+        rates = [convolution_gflops(args.device, getattr(torch, dtype))]
+        recorder.add("one convolution", dtype, "forward", "GFLOP/s", rates)
+    recorder.write()
 
 
 if __name__ == "__main__":

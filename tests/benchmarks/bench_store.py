@@ -1,30 +1,23 @@
-"""The node's store: making it, batches from it, and memory.
+"""The node's store of decoded images: making it, batches from it, waiting time and memory.
 
-    python tests/benchmarks/bench_store.py --out store.csv
+    python tests/benchmarks/bench_store.py [--images 4000] [--gib 1 8] [--out CSV]
 
-`make`: images/s of making the store, and of one epoch of the webdataset library's own loader with
-decoding over the same shards, by turns; the library's workers are given their start for nothing.
+`making it`: images/s of making the store, and of one epoch of the webdataset library's own loader
+with decoding over the same shards, in turns; the start of the library's workers is not counted.
 `batch`: seconds for a batch of 1024 images of 128 px by index, from the store and from a tensor in
-memory. `wait`: the part of a step of `--step` seconds that a loop over all classes spends in its
-batches. `anonymous`: RssAnon of a fresh process that makes a store of `--gib` and then reads an
-epoch and batches, minus what it has after its imports.
-
-Rows are appended to the CSV: medians, the least and the largest of the repeats.
+memory. `waiting`: the share of a step of `--step` seconds that a loop over all classes spends on
+its batches. `anonymous memory`: RssAnon of a fresh process that makes a store of `--gib` and then
+reads an epoch and batches, minus what it has after its imports.
 """
 
 import argparse
-import csv
 import itertools
 import multiprocessing
-import platform
 import shutil
-import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +25,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from record import Recorder, progress
 from upath import UPath
 
 from pipeline.data.batches import ClassBatches, StoredImages
@@ -41,8 +35,6 @@ from pipeline.data.store import Store
 from pipeline.stages.shard import build_manifest, plan
 
 SIZE = 128
-COLUMNS = ("date", "commit", "machine", "what", "variant", "median", "least", "largest", "repeats",
-    "unit")  # fmt: skip
 
 
 class NoiseSource(SampleList):
@@ -181,35 +173,39 @@ def in_a_fresh_process(call: Callable[..., Any], *arguments: Any) -> Any:
         return process.submit(call, *arguments).result()
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[tuple[str, str, str], list[float]]:
-    """(what, variant, unit) -> values."""
-    found: dict[tuple[str, str, str], list[float]] = {}
+def measure(args: argparse.Namespace, folder: Path, recorder: Recorder) -> None:
+    """All quantities, in turns where there are two sides."""
     for encoding, suffix in (("png", "png"), ("jpeg", "jpg")):
+        progress(f"{encoding}: generating {args.images} images and their shards")
         store = build(folder / encoding, encoding, args.images, args.classes)
-        for _ in range(args.repeats):
+        found: dict[str, list[float]] = {}
+        for repeat in range(args.repeats):
             for variant, rate in (
+                ("webdataset, no worker", lambda s=store, x=suffix: read_webdataset(s, 0, x)),
+                ("webdataset", lambda s=store, x=suffix: read_webdataset(s, args.workers, x)),
                 ("store", lambda s=store: make(s)),
-                (
-                    "webdataset, workers",
-                    lambda s=store, x=suffix: read_webdataset(s, args.workers, x),
-                ),
-                ("webdataset, none", lambda s=store, x=suffix: read_webdataset(s, 0, x)),
             ):
-                found.setdefault((f"make {encoding}", variant, "images/s"), []).append(rate())
+                found.setdefault(variant, []).append(rate())
+            progress(f"{encoding}: repeat {repeat + 1} of {args.repeats}")
+        for variant, values in found.items():
+            recorder.add(encoding, variant, "making it", "images/s", values)
+    progress("batches")
     for variant, values in batches(grown(store, 0.5), args.repeats * 5).items():
-        found["batch of 1024", variant, "s"] = values
-    found["wait", f"step {args.step} s", "part"] = waiting(
-        store, args.classes, 128, args.step, args.steps
-    )
+        recorder.add("1024 images", variant, "batch", "s", values)
+    progress(f"waiting: {args.steps} steps of {args.step} s")
+    shares = waiting(store, args.classes, 128, args.step, args.steps)
+    percent = [100 * share for share in shares]
+    recorder.add(f"steps of {args.step:g} s", "store", "waiting", "%", percent)
     for gib in args.gib:
+        progress(f"memory: a store of {gib:g} GiB")
         large = grown(store, gib)
-        found["anonymous", f"{gib:g} GiB", "MiB"] = in_a_fresh_process(memory, large)
+        values = in_a_fresh_process(memory, large)
+        recorder.add(f"{gib:g} GiB", "store", "anonymous memory", "MiB", values)
         shutil.rmtree(large.directory)
-    return found
 
 
 def main() -> None:
-    """Measure, print, and append to the CSV."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--classes", type=int, default=10)
@@ -219,28 +215,12 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=1.0)
     parser.add_argument("--gib", type=float, nargs="*", default=[1.0, 8.0])
     parser.add_argument("--folder", help="where shards and stores go")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="CSV file that gets the rows")
     args = parser.parse_args()
+    recorder = Recorder("store", args.out)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = measure(args, Path(folder))
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")), platform.processor(),
-    )  # fmt: skip
-    same = [f"{datetime.now(UTC):%Y-%m-%d}", commit, f"{multiprocessing.cpu_count()} x {cpu}"]
-    rows = [
-        [*same, what, variant, *(f"{f(values):.4g}" for f in (statistics.median, min, max)),
-         len(values), unit]
-        for (what, variant, unit), values in found.items()
-    ]  # fmt: skip
-    for row in rows:
-        print(*row[3:], sep="\t")
-    if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows] if new else rows)
+        measure(args, Path(folder), recorder)
+    recorder.write()
 
 
 if __name__ == "__main__":
