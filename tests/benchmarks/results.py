@@ -57,6 +57,7 @@ def rows_of(run: Path, data: str, preset: str, machine: str) -> list[dict[str, A
     text = (run / "config.toml").read_text()
     config = tomllib.loads(text.replace("legacy_every", "best_on_test_every"))  # its former name
     evaluation = json.loads((run / "evaluation.json").read_text())
+    finished = (run / "evaluation.json").stat().st_mtime
     stages = json.loads((run / "stages.json").read_text())
     provenance = json.loads((run / "distilled" / "manifest.json").read_text())["provenance"]
     usual = json.loads(json.dumps(dataclasses.asdict(RunConfig())))  # lists, as TOML has them
@@ -91,7 +92,7 @@ def rows_of(run: Path, data: str, preset: str, machine: str) -> list[dict[str, A
             "hours": round(hours, 2),  # of the whole run, on all cores of the machine
             "machine": machine,
             "commit": provenance.get("versions", {}).get("git", "unknown"),
-            "date": datetime.now(UTC).date().isoformat(),
+            "date": datetime.fromtimestamp(finished, UTC).date().isoformat(),
         }
         if best := row.get("best_on_test", row.get("legacy")):  # the key's former name
             found["best_on_test"] = [round(value, 5) for value in best]
@@ -108,7 +109,11 @@ def record(runs: Iterable[Path], data: str, preset: str | None, machine: str) ->
     """Add the rows of runs to the file of rows."""
     rows = {key(row): row for row in read_jsonl(ROWS)}
     for run in runs:
-        used = preset or (run.name if (PRESETS / f"{run.name}.toml").exists() else "")
+        used = (
+            preset
+            if preset is not None
+            else (run.name if (PRESETS / f"{run.name}.toml").exists() else "")
+        )
         rows |= {key(row): row for row in rows_of(run, data, used, machine)}
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 

@@ -1,0 +1,134 @@
+"""Long experiments through the pipeline: which runs, one after the other, and their rows.
+
+    python tests/benchmarks/campaign.py methods --cifar10 DIR --storage DIR
+    python tests/benchmarks/campaign.py headline --cifar10 DIR --fashionmnist DIR --storage DIR
+
+A run that fails is started again: it resumes from its last checkpoint. A finished one is recorded
+(`results.py record`) and skipped the next time, so that the same command goes on after a loss of
+the machine, with the loss of one run at most. `--list` only says what would be run.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import results
+
+ROOT = Path(__file__).parents[2]
+ATTEMPTS = 5
+
+SHARED = {
+    "num_workers": "2",
+    "pretrain.networks": "2",
+    "pretrain.training.epochs": "8",
+    "pretrain.training.lr": "0.02",
+    "pretrain.training.cutmix_prob": "0",
+    "pretrain.snapshot_every": "1",
+    "distill.real_batch": "128",
+    "evaluate.protocol": "cosine",
+    "evaluate.repeats": "3",
+    "evaluate.sets": '["distilled"]',
+}
+OURS = {"distill.lr": "0.01", "distill.calibration": "30"}
+METHODS = ("ours", "dance", "tgdd", "ncfm", "dm")
+DATA = {"cifar10": "CIFAR-10 (JPEG)", "fashionmnist": "Fashion-MNIST"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run of the pipeline, and what tables call its data."""
+
+    name: str
+    data: str
+    preset: str
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def methods(seeds: int) -> Iterator[Experiment]:
+    """The methods in one loop: CIFAR-10, width 64, equal steps, one pool a seed."""
+    equal = {"model.width": "64", "distill.num_steps": "600", "evaluate.training.epochs": "300"}
+    for seed in range(seeds):
+        for ipc in (10, 1):
+            for method in METHODS:
+                own = OURS if method == "ours" else {"method": method}
+                sets = {}
+                if method == "ours" and seed == 0:
+                    sets = {"evaluate.sets": '["distilled", "random", "random_same_factor"]'}
+                yield Experiment(
+                    f"w64_{method}_ipc{ipc}_s{seed}",
+                    "cifar10",
+                    f"cifar10_ipc{ipc}",
+                    {**SHARED, **equal, **own, **sets, "seed": str(seed)},
+                )
+
+
+def headline(seeds: int) -> Iterator[Experiment]:
+    """The best known settings at width 128."""
+    for seed in range(seeds):
+        for data in DATA:
+            for ipc, steps in ((1, "500"), (10, "1500")):
+                wide = {"model.width": "128", "distill.num_steps": steps, "seed": str(seed)}
+                long = {"evaluate.training.epochs": "600"}
+                name = f"{data}_ipc{ipc}"
+                yield Experiment(f"{name}_s{seed}", data, name, {**SHARED, **OURS, **wide, **long})
+
+
+def source_options(data: str, path: Path) -> dict[str, str]:
+    """How the pipeline reads it: a folder of class folders, or Fashion-MNIST's own files."""
+    if (path / "FashionMNIST").is_dir():
+        kind = {"source.kind": "torchvision", "source.name": "FashionMNIST"}
+        return {**kind, "source.path": str(path)}
+    return {"source.kind": "folder", "source.path": str(path)}
+
+
+def run(experiment: Experiment, source: Path, storage: Path) -> None:
+    """Run it to its end, and record its rows. Raises RuntimeError if it fails time and again."""
+    preset = f"pipeline/presets/{experiment.preset}.toml"
+    options = {**source_options(experiment.data, source), **experiment.options}
+    options |= {"name": experiment.name, "storage_path": str(storage)}
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    command = [sys.executable, "pipeline/run.py", "--config", preset, *words]
+    for attempt in range(ATTEMPTS):
+        print(f"[campaign] {experiment.name}, attempt {attempt + 1}", flush=True)
+        if subprocess.run(command, cwd=ROOT, check=False).returncode == 0:
+            break
+    else:
+        raise RuntimeError(f"{experiment.name} failed {ATTEMPTS} times: {' '.join(command)}")
+
+
+def record(experiment: Experiment, storage: Path) -> None:
+    """Keep the rows of a finished run."""
+    machine = f"{os.cpu_count()} cores, {results.processor()}"
+    preset = experiment.preset if experiment.data + "_" in experiment.name else ""
+    results.record([storage / experiment.name], DATA[experiment.data], preset, machine)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("campaign", choices=("methods", "headline"))
+    parser.add_argument("--storage", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--list", action="store_true", help="say what would be run")
+    for data in DATA:
+        parser.add_argument(f"--{data}", type=Path, help="the data's directory")
+    arguments = parser.parse_args()
+    plan = {"methods": methods, "headline": headline}[arguments.campaign](arguments.seeds)
+    for experiment in plan:
+        source = getattr(arguments, experiment.data)
+        done = (arguments.storage / experiment.name / "report.html").exists()
+        if arguments.list or source is None:
+            why = "done" if done else "no directory given" if source is None else "to be run"
+            print(f"[campaign] {experiment.name}: {why}", flush=True)
+            continue
+        if not done:
+            run(experiment, source.absolute(), arguments.storage.absolute())
+        record(experiment, arguments.storage)
+
+
+if __name__ == "__main__":
+    main()
