@@ -9,6 +9,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ncfm.distill_config import DistillConfig
+from ncfm.selection import easy_count
+
 SYNTHETIC_PASSES = 3.0
 """Cost of a decoded synthetic image, in real images: a forward and a backward pass."""
 SHARING_GAIN = 1.1
@@ -29,6 +32,13 @@ class ClassCost:
     def of(cls, real: int, synthetic: int, *, calibrated: bool = False) -> "ClassCost":
         """From the numbers of real and of decoded synthetic images in a step."""
         return cls(shared=real, own=synthetic * SYNTHETIC_PASSES * (1 + calibrated))
+
+
+def step_costs(config: DistillConfig, synthetic: int, counts: Sequence[int]) -> list[ClassCost]:
+    """Cost per class of a step with these train images and so many decoded synthetic images."""
+    matched = (easy_count(n, config.easy_fraction) for n in counts)
+    real = (min(n, config.real_batch) for n in matched)
+    return [ClassCost.of(n, synthetic, calibrated=config.calibration > 0) for n in real]
 
 
 @dataclass(frozen=True)

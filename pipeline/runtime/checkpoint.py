@@ -153,9 +153,11 @@ def load_checkpoint(
     return None
 
 
-def newest_whole_step(directory: UPath) -> int | None:
+def newest_whole_step(directory: UPath, *, at_most: int | None = None) -> int | None:
     """Step of the newest complete, undamaged checkpoint."""
     for path in _steps(directory):
+        if at_most is not None and _step_of(path) > at_most:
+            continue
         index = read_json(path / "checkpoint.json")
         if index is None:
             continue

@@ -83,6 +83,13 @@ def set_ray_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 NOTICES = ("ray._private.authentication.authentication_token_setup",)
 """Ray loggers with warnings to suppress: they warn that a cluster has a token, as it should."""
 

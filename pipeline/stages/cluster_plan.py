@@ -14,11 +14,10 @@ import torch
 
 from ncfm.backend.features import BLOCK_CHUNKS, CHUNK_PIXELS
 from ncfm.models import build_model
-from ncfm.selection import easy_count
 from pipeline.data.shards import TAR_OVERHEAD
 from pipeline.errors import UsageError
 from pipeline.observe.reporting.tables import duration, memory
-from pipeline.runtime.assignment import ClassCost, Group, assign
+from pipeline.runtime.assignment import Group, assign, step_costs
 from pipeline.runtime.collectives import predicted_bytes
 
 if TYPE_CHECKING:
@@ -31,12 +30,33 @@ ACTIVATION_BYTES = 512
 """Approximate activation bytes per pixel of a ConvNet of width 128 (`ncfm.backend.features`)."""
 TRAINING_PASSES = 3.0
 """Cost of training on one image, in forward passes."""
-STEP_S, STEP_PASSES, STEP_FLOPS = 0.73, 100 * (500 + 40 * 6), 101.9e6
-"""Seconds and passes per step, and FLOP per pass, on an A100 (paper, table 3: the released code,
-CIFAR-100, IPC 10, psi off; not measured by us)."""
 TIMES = {"optimizer": {"adamw": 3, "sgd": 2}, "live": {"adamw": 4, "sgd": 3}}
 """Copies of the images in a checkpoint (with AdamW's moments or SGD's momentum), and during a step
 (with the gradient)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuTime:
+    """Seconds per step of one measured configuration on a GPU."""
+
+    fixed_s: float  # psi off
+    psi_s: float  # psi on
+    flops: float  # per step, all passes
+    source: str
+
+    def flops_per_s(self, sampler: str) -> float:
+        """Its rate, with the frequencies of this sampler."""
+        return self.flops / (self.psi_s if sampler == "psi" else self.fixed_s)
+
+
+PAPER_A100 = GpuTime(
+    fixed_s=0.73,
+    psi_s=1.33,
+    # CIFAR-100, IPC 10: 100 classes of 500 real and 40 decoded images (4 per stored one, 6 passes
+    # each); 101.9 MFLOP per pass of the ConvNet-3 of width 128 at 32 px.
+    flops=100 * (500 + 40 * 6) * 101.9e6,
+    source="paper, table 3: the released code, CIFAR-100, IPC 10; not measured by us",
+)
 
 
 class Gpu(NamedTuple):
@@ -108,13 +128,7 @@ def cluster_figures(config: "RunConfig", sizes: Sizes) -> list[Figure]:
     if gpu is None:
         raise UsageError(f"plan.gpu must be one of {', '.join(GPUS)}, got {config.plan.gpu!r}")
     workers = (config.plan.nodes or 1) * config.plan.gpus_per_node
-    synthetic = config.ipc * config.synthetic.factor**2
-    real = [
-        min(easy_count(n, config.distill.easy_fraction), config.distill.real_batch)
-        for n in sizes.counts
-    ]
-    calibrated = config.distill.calibration > 0
-    costs = [ClassCost.of(n, synthetic, calibrated=calibrated) for n in real]
+    costs = step_costs(config.distill, config.ipc * config.synthetic.factor**2, sizes.counts)
     groups = assign(costs, workers)
     return [
         *disk_figures(config, sizes),
@@ -222,7 +236,8 @@ def time_figures(
     config: "RunConfig", sizes: Sizes, passes: float, workers: int, gpu: Gpu
 ) -> list[Figure]:
     """Expected seconds per step, and of the long stages, scaled from the paper's A100."""
-    speed = STEP_PASSES * STEP_FLOPS / STEP_S * gpu.bandwidth / GPUS["a100"].bandwidth  # FLOP/s
+    speed = PAPER_A100.flops_per_s(config.frequencies.sampler)
+    speed *= gpu.bandwidth / GPUS["a100"].bandwidth  # a step is bound by memory
     passed = sizes.pass_flops / speed  # seconds of a pass
     train = TRAINING_PASSES * passed * sum(sizes.counts)
     step = passes * passed

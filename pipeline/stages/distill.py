@@ -4,19 +4,20 @@ import dataclasses
 import io
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from upath import UPath
 
 from ncfm.synthetic import SyntheticSet
+from ncfm.tensor_files import BLOCK_BYTES
 from pipeline.errors import StageError, StorageError
 from pipeline.graph import Stage
 from pipeline.observe.preview import preview_png
@@ -134,24 +135,29 @@ def distill(
     steps = job.distill.num_steps
     if newest_whole_step(job.checkpoints) != steps:
         _run_workers(job, workers, name=run_directory.name, storage=storage)
+        if newest_whole_step(job.checkpoints) != steps:
+            raise RuntimeError(f"the workers ended without a final checkpoint in {job.checkpoints}")
+    if newest_whole_step(job.checkpoints, at_most=0) != 0:
+        raise RuntimeError(f"no undamaged initial checkpoint in {job.checkpoints}")
     peak, local = 0, run_directory if isinstance(run_directory, Path) else None
     for name, step in (("initial", 0), ("distilled", steps)):
-        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=local) as scratch:
-            images, peak = images_of(job, step, Path(scratch) / "images.f32")
-            labels = torch.arange(job.store.spec.num_classes).repeat_interleave(job.ipc)
-            stored = (images, labels, job.synthetic.factor, job.store.spec, provenance)
-            write_set(run_directory / name, SyntheticSet(*stored))
+        images, peak = images_of(job, step, local)
+        labels = torch.arange(job.store.spec.num_classes).repeat_interleave(job.ipc)
+        stored = (images, labels, job.synthetic.factor, job.store.spec, provenance)
+        write_set(run_directory / name, SyntheticSet(*stored))
     return {"steps": steps, "workers": workers.count, "peak_rss_bytes": peak}
 
 
-def images_of(job: DistillJob, step: int, scratch: Path) -> tuple[Tensor, int]:
-    """The images (classes * ipc, C, H, W) of a checkpoint, by class, as a memory map of the file
-    `scratch`, and the workers' peak memory if the checkpoint has it. Neither the images nor the
-    optimiser's state are ever in memory as a whole.
+def images_of(job: DistillJob, step: int, directory: Path | None) -> tuple[Tensor, int]:
+    """The images (classes * ipc, C, H, W) of a checkpoint, by class, as a memory map of a scratch
+    file in `directory`, and the workers' peak memory if the checkpoint has it. Neither the images
+    nor the optimiser's state are ever in memory as a whole.
     """
     spec, peak = job.store.spec, 0
-    shape = (spec.num_classes * job.ipc, spec.channels, spec.image_size, spec.image_size)
-    images = _mapped(scratch, math.prod(shape)).view(shape)
+    images = _mapped(
+        directory,
+        (spec.num_classes * job.ipc, spec.channels, spec.image_size, spec.image_size),
+    )
     for name, tensor in checkpoint_tensors(job.checkpoints, step):
         match name.split("/"):
             case ["class", c, "images"]:
@@ -161,22 +167,22 @@ def images_of(job: DistillJob, step: int, scratch: Path) -> tuple[Tensor, int]:
     return images, peak
 
 
-def _mapped(path: Path, size: int) -> Tensor:
-    """Memory-map a new file of `size` float32. Raises StorageError if the disk is full; otherwise a
-    later write would kill the process.
+def _mapped(directory: Path | None, shape: tuple[int, ...]) -> Tensor:
+    """Memory-map a new float32 file without a name, which the system removes however the process
+    ends. Raises StorageError if the disk is full; otherwise a later write would kill the process.
     """
+    size = 4 * math.prod(shape)
     try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, 4 * size)
-            else:
-                for _ in range(size):
-                    file.write(bytes(4))
+        with tempfile.TemporaryFile(dir=directory) as file:
+            for start in range(0, size, BLOCK_BYTES):
+                file.write(bytes(min(BLOCK_BYTES, size - start)))
+            file.flush()
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
     except OSError as error:
+        place = directory or tempfile.gettempdir()
         raise StorageError(
-            f"cannot write {path}, {4 * size:,} bytes: {error.strerror or error}"
+            f"cannot write {size:,} bytes in {place}: {error.strerror or error}"
         ) from error
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32)
 
 
 def _run_workers(job: DistillJob, workers: Workers, *, name: str, storage: UPath) -> None:

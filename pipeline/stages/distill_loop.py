@@ -29,7 +29,7 @@ from pipeline.data.store import Store
 from pipeline.observe.progress import Progress, append_rows, read_rows
 from pipeline.observe.snapshots import snapshot_steps, write_snapshot
 from pipeline.observe.tracking import TrackedRun, Trackers
-from pipeline.runtime.assignment import ClassCost, assign
+from pipeline.runtime.assignment import ClassCost, assign, step_costs
 from pipeline.runtime.checkpoint import CheckpointWriter, load_checkpoint
 from pipeline.runtime.collectives import Collectives
 from pipeline.runtime.config import RuntimeConfig
@@ -72,11 +72,8 @@ class DistillJob:
 
     def costs(self) -> list[ClassCost]:
         """Cost of each class in a step."""
-        synthetic, calibrated = self.ipc * self.synthetic.factor**2, self.distill.calibration > 0
-        return [
-            ClassCost.of(min(n, self.distill.real_batch), synthetic, calibrated=calibrated)
-            for n in self.matched_counts()
-        ]
+        synthetic = self.ipc * self.synthetic.factor**2
+        return step_costs(self.distill, synthetic, self.store.counts("train"))
 
 
 def distill_loop(arguments: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ncfm.backend.kernels import library
 from pipeline.graph import Action, log
-from pipeline.runtime.workers import joins
+from pipeline.runtime.workers import available_cores, joins
 
 EXTRAS = {"optuna": "tune.sampler optuna", "mlflow": "tracking.mlflow", "wandb": "tracking.wandb",
     "s3fs": "s3://", "gcsfs": "gs://"}  # fmt: skip
@@ -47,13 +47,6 @@ def diagnosis(storage: object) -> dict[str, str]:
         "disk": _disk(storage),
         "extras missing": ", ".join(missing) or "none",
     }
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _why_no_gpu() -> str:

@@ -5,7 +5,6 @@ run a few steps on random images of the right shapes, one probe per worker that 
 have. For another machine's GPU the time comes from a table.
 """
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,10 @@ from pipeline.data.sources import SPLITS, Source
 from pipeline.errors import StageError, UsageError
 from pipeline.graph import Action, log
 from pipeline.observe.reporting.tables import duration, memory
-from pipeline.runtime.assignment import ClassCost, assign, most_workers
+from pipeline.runtime.assignment import assign, most_workers, step_costs
 from pipeline.runtime.collectives import predicted_bytes
-from pipeline.stages.cluster_plan import Sizes, cluster_figures, cluster_lines
+from pipeline.runtime.workers import available_cores
+from pipeline.stages.cluster_plan import PAPER_A100, Sizes, cluster_figures, cluster_lines
 from pipeline.stages.probe import Answer, Request, image_spec, run_probes
 
 if TYPE_CHECKING:
@@ -96,26 +96,7 @@ class Plan(Action):
         return Sizes.of(self.config, train_counts(source), images)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GpuTime:
-    """Seconds per step of one measured configuration on a GPU."""
-
-    fixed_s: float  # psi off
-    psi_s: float  # psi on
-    flops: float  # per step, all passes
-    source: str
-
-
-GPUS = {
-    "A100": GpuTime(
-        fixed_s=0.73,
-        psi_s=1.33,
-        # CIFAR-100, IPC 10: 100 classes of 500 real and 40 decoded images (4 per stored one, 6
-        # passes each); 101.9 MFLOP per pass of the ConvNet-3 of width 128 at 32 px.
-        flops=100 * (500 + 40 * 6) * 101.9e6,
-        source="paper, table 3: the released code, CIFAR-100, IPC 10; not measured by us",
-    )
-}
+GPUS = {"A100": PAPER_A100}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +122,8 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
     """Probe this machine and estimate. Raises UsageError for a GPU that is not in the table."""
     _check_gpu(config)
     counts = train_counts(source)
-    synthetic = config.ipc * config.synthetic.factor**2
-    calibrated = config.distill.calibration > 0
-    real = [min(n, config.distill.real_batch) for n in counts]
-    costs = [ClassCost.of(n, synthetic, calibrated=calibrated) for n in real]
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    costs = step_costs(config.distill, config.ipc * config.synthetic.factor**2, counts)
+    cpus = available_cores()
     gpus = torch.cuda.device_count()
     use_gpu = config.plan.gpu is not None or (gpus > 0 and config.use_gpu is not False)
     probe_gpus = gpus > 0 and config.use_gpu is not False
@@ -153,7 +131,7 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
     workers = config.num_workers or min(here, most_workers(costs))
     groups = assign(costs, workers)
     busiest = max(groups, key=lambda group: group.cost(costs))
-    real_per_class = [max(1, real[c] // len(busiest.ranks)) for c in busiest.classes]
+    real_per_class = [max(1, int(costs[c].shared) // len(busiest.ranks)) for c in busiest.classes]
     answers = run_probes(
         Request(
             config=config,
@@ -223,9 +201,7 @@ def _step_time(config: "RunConfig", probe: Answer, passes: float) -> tuple[float
 
 def gpu_step_s(gpu: str, config: "RunConfig", flops: float) -> float:
     """Seconds per step of this many FLOP, scaled from the table."""
-    known = GPUS[gpu]
-    reference = known.psi_s if config.frequencies.sampler == "psi" else known.fixed_s
-    return reference * flops / known.flops
+    return flops / GPUS[gpu].flops_per_s(config.frequencies.sampler)
 
 
 def _evaluated(config: "RunConfig", counts: list[int]) -> int:
