@@ -1,6 +1,7 @@
 """Long experiments through the pipeline: which runs, one after the other, and their rows.
 
     python tests/benchmarks/campaign.py methods --cifar10 DIR --storage DIR
+    python tests/benchmarks/campaign.py ingredients --cifar10 DIR --storage DIR
     python tests/benchmarks/campaign.py headline --cifar10 DIR --fashionmnist DIR --storage DIR
 
 A run that fails is started again: it resumes from its last checkpoint. A finished one is recorded
@@ -35,6 +36,20 @@ SHARED = {
 }
 OURS = {"distill.lr": "0.01", "distill.calibration": "30"}
 METHODS = ("ours", "dance", "tgdd", "ncfm", "dm")
+NARROW = {"model.width": "64", "distill.num_steps": "600", "evaluate.training.epochs": "300"}
+INGREDIENTS = {
+    "pool_20_epochs": {"pretrain.training.epochs": "20", "pretrain.training.schedule": "cosine"},
+    "steps_1800": {"distill.num_steps": "1800"},
+    "calibration_1": {"distill.calibration": "1"},
+    "mean_matching": {"distill.objective": "mmd"},
+    "snapshots": {"distill.extractor": "snapshot", "distill.calibration_ahead": "[0, 6]"},
+    "snapshot_blend": {"distill.extractor": "snapshot_blend"},
+    "sigma_3": {"frequencies.sigma": "3"},
+    "median_bandwidth": {"frequencies.bandwidth": "median"},
+    "psi": {"frequencies.sampler": "psi"},
+    "one_network": {"pretrain.networks": "1"},
+    "step_schedule": {"evaluate.protocol": "default"},
+}
 DATA = {"cifar10": "CIFAR-10 (JPEG)", "fashionmnist": "Fashion-MNIST"}
 
 
@@ -50,7 +65,6 @@ class Experiment:
 
 def methods(seeds: int) -> Iterator[Experiment]:
     """The methods in one loop: CIFAR-10, width 64, equal steps, one pool a seed."""
-    equal = {"model.width": "64", "distill.num_steps": "600", "evaluate.training.epochs": "300"}
     for seed in range(seeds):
         for ipc in (10, 1):
             for method in METHODS:
@@ -62,8 +76,16 @@ def methods(seeds: int) -> Iterator[Experiment]:
                     f"w64_{method}_ipc{ipc}_s{seed}",
                     "cifar10",
                     f"cifar10_ipc{ipc}",
-                    {**SHARED, **equal, **own, **sets, "seed": str(seed)},
+                    {**SHARED, **NARROW, **own, **sets, "seed": str(seed)},
                 )
+
+
+def ingredients(seeds: int) -> Iterator[Experiment]:
+    """One change at a time to `ours` of the methods: CIFAR-10, IPC 10."""
+    for seed in range(seeds):
+        for name, change in INGREDIENTS.items():
+            options = {**SHARED, **NARROW, **OURS, **change, "seed": str(seed)}
+            yield Experiment(f"w64_{name}_ipc10_s{seed}", "cifar10", "cifar10_ipc10", options)
 
 
 def headline(seeds: int) -> Iterator[Experiment]:
@@ -75,6 +97,9 @@ def headline(seeds: int) -> Iterator[Experiment]:
                 long = {"evaluate.training.epochs": "600"}
                 name = f"{data}_ipc{ipc}"
                 yield Experiment(f"{name}_s{seed}", data, name, {**SHARED, **OURS, **wide, **long})
+
+
+CAMPAIGNS = {"methods": methods, "ingredients": ingredients, "headline": headline}
 
 
 def source_options(data: str, path: Path) -> dict[str, str]:
@@ -110,14 +135,14 @@ def record(experiment: Experiment, storage: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("campaign", choices=("methods", "headline"))
+    parser.add_argument("campaign", choices=tuple(CAMPAIGNS))
     parser.add_argument("--storage", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--list", action="store_true", help="say what would be run")
     for data in DATA:
         parser.add_argument(f"--{data}", type=Path, help="the data's directory")
     arguments = parser.parse_args()
-    plan = {"methods": methods, "headline": headline}[arguments.campaign](arguments.seeds)
+    plan = CAMPAIGNS[arguments.campaign](arguments.seeds)
     for experiment in plan:
         source = getattr(arguments, experiment.data)
         done = (arguments.storage / experiment.name / "report.html").exists()
