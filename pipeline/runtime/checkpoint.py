@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 from upath import UPath
 
@@ -37,6 +37,7 @@ class CheckpointWriter:
         attempt: suffix of the parts' names, the same for all workers and new at every start, so
             that parts of a failed attempt are never mixed in.
         keep: checkpoints kept besides that of step 0.
+        share: largest part of the time that checkpoints take; where they take long, they are rarer.
         timeout_s: how long rank 0 waits for the other parts before it abandons a checkpoint.
     """
 
@@ -48,12 +49,18 @@ class CheckpointWriter:
         writers: Sequence[int] = (0,),
         attempt: str = "0",
         keep: int = 2,
+        share: float = 0.05,
         timeout_s: float = 600.0,
     ) -> None:
         self.directory, self.rank, self.writers, self.keep = directory, rank, writers, keep
         self._attempt, self._timeout = attempt, timeout_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._share, self._cost_s, self._last = share, 0.0, time.monotonic()
+
+    def due(self, every_s: float) -> bool:
+        """Whether it is time for the next checkpoint, at most one in every_s seconds."""
+        return time.monotonic() - self._last >= max(every_s, self._cost_s / self._share)
 
     @property
     def busy(self) -> bool:
@@ -70,17 +77,21 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def save(self, step: int, state: State) -> None:
-        """Start writing `directory/step-<step>/`. The state must not change afterwards."""
+    def save(self, step: int, state: State, *, began: float | None = None) -> None:
+        """Start writing `directory/step-<step>/`. The state must not change afterwards; `began`:
+        when (time.monotonic) it began to be collected, which is part of the cost.
+        """
         self.wait()
+        self._last = time.monotonic()
         if self.rank in self.writers:
-            self._pending = self._thread.submit(self._write, step, dict(state))
+            began = self._last if began is None else began
+            self._pending = self._thread.submit(self._write, step, dict(state), began)
 
     def _part(self, rank: int) -> str:
         place = self.writers.index(rank)
         return f"part-{place:04d}-of-{len(self.writers):04d}-{self._attempt}.safetensors"
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, step: int, state: dict[str, Tensor], began: float) -> None:
         target = self.directory / f"step-{step:08d}"
         target.mkdir(parents=True, exist_ok=True)
         data = save(state)
@@ -91,6 +102,7 @@ class CheckpointWriter:
         write_atomic(target / f"{part}.json", json.dumps(note))
         if self.rank == 0:
             self._commit(target, step)
+        self._cost_s = time.monotonic() - began
 
     def _commit(self, target: UPath, step: int) -> None:
         parts: dict[str, Any] = dict.fromkeys(self._part(rank) for rank in self.writers)
@@ -127,8 +139,8 @@ def load_checkpoint(
 
     Args:
         directory: contains step-<step>/ directories.
-        classes: classes to load; parts without any of them, and without psi and the step, are not
-            read. None: all.
+        classes: classes to load, beside psi and the step; parts without any of them are not read.
+            None: all.
         at_most: newer steps are skipped.
     """
     for path in _steps(directory):
@@ -141,13 +153,13 @@ def load_checkpoint(
         for number, (part, note) in enumerate(index["parts"].items()):
             if number and classes is not None and not set(classes) & set(note["classes"]):
                 continue
-            data = _read_bytes(path / part)
-            if data is None or hashlib.sha256(data).hexdigest() != note["sha256"]:
+            if not _is_whole(path / part, note):
                 logger.warning(
                     "checkpoint %s is damaged (%s); going back to the one before it", path, part
                 )
                 break
-            state.update(load(data))
+            own = read_tensors(path / part).items()
+            state.update({k: value.clone() for k, value in own if _is_of(k, classes)})
         else:
             return state
     return None
@@ -186,12 +198,9 @@ def newest_step(directory: UPath) -> tuple[int, UPath] | None:
     return None
 
 
-def _read_bytes(path: UPath) -> bytes | None:
-    try:
-        data: bytes = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return data
+def _is_of(key: str, classes: Collection[int] | None) -> bool:
+    """Whether a tensor is of one of the classes, or of none."""
+    return classes is None or not key.startswith("class/") or int(key.split("/")[1]) in classes
 
 
 def _step_of(path: UPath) -> int:

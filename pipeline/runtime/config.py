@@ -10,12 +10,16 @@ class RuntimeConfig:
     log_every: int = 10
     """Distillation steps between metric rows."""
     checkpoint_every_s: float = 30.0
-    """Seconds between checkpoints."""
+    """Least seconds between checkpoints."""
+    checkpoint_share: float = 0.05
+    """Largest part of the time that checkpoints of the distillation take: where one takes long, the
+    next comes later."""
     checkpoints_kept: int = 2
     max_failures: int = 3
-    """Restarts of a worker group after failures; -1: unlimited."""
+    """Restarts of a worker group after failures, reclaimed nodes not counted; -1: unlimited."""
     min_workers: int | None = None
-    """Continue with as few workers as this if nodes are lost; default: wait for replacements."""
+    """Start, and go on when nodes are lost, with as few workers as this; those of nodes that come
+    later join within a minute. Default: wait for all."""
     collective_timeout_s: float = 600.0
     """Seconds that workers wait for each other before they fail and name the missing one."""
     straggler_factor: float = 2.0
@@ -34,5 +38,7 @@ class RuntimeConfig:
             raise ValueError(
                 f"collective_timeout_s must be positive, got {self.collective_timeout_s}"
             )
+        if not 0 < self.checkpoint_share <= 1:
+            raise ValueError(f"checkpoint_share must be within (0, 1], got {self.checkpoint_share}")
         if not self.straggler_factor > 1:
             raise ValueError(f"straggler_factor must exceed 1, got {self.straggler_factor}")

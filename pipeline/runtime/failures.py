@@ -39,16 +39,26 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
+def preempted() -> bool:
+    """Whether a Ray Train worker's node is about to be reclaimed, as spot instances are, the same
+    on all workers, which must call it equally often.
+    """
+    from ray.train import get_preemption_info
+
+    return get_preemption_info() is not None
+
+
 def guarded(arguments: dict[str, Any]) -> None:
-    """Ray Train worker function: call `arguments["loop"]` with the other arguments; write a
-    permanent error to the file `arguments["failure"]`.
+    """Ray Train worker function: call `arguments["loop"]` with `preempted` and the other arguments;
+    write a permanent error to the file `arguments["failure"]`.
     """
     loop: Callable[[dict[str, Any]], None] = arguments["loop"]
     failure: UPath = arguments["failure"]
     if failure.exists():
         return  # restarted after a permanent error: the driver raises it
     try:
-        loop({k: v for k, v in arguments.items() if k not in ("loop", "failure")})
+        own = {k: v for k, v in arguments.items() if k not in ("loop", "failure")}
+        loop({**own, "preempted": preempted})
     except PERMANENT as error:
         write_atomic(failure, f"{one_line(error)}\n{traceback.format_exc()}")
         if dist.is_initialized() and dist.get_world_size() > 1:

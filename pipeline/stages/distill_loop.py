@@ -8,6 +8,7 @@ import logging
 import platform
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def distill_loop(arguments: dict[str, Any]) -> None:
     job: DistillJob = arguments["job"]
     if fatal_error(job.checkpoints) is not None:
         return  # restarted after a permanent error: the driver reports it
-    loop = Loop(job, arguments["device"])
+    loop = Loop(job, arguments["device"], arguments.get("preempted"))
     try:
         loop.run()
     except NonFiniteLossError as error:
@@ -92,7 +93,10 @@ def distill_loop(arguments: dict[str, Any]) -> None:
 class Loop:
     """One worker's training loop over its classes."""
 
-    def __init__(self, job: DistillJob, device: str) -> None:
+    def __init__(
+        self, job: DistillJob, device: str, preempted: Callable[[], bool] | None = None
+    ) -> None:
+        self.preempted, self.rescued = preempted or (lambda: False), False
         self.job, self.context, self.costs = job, current_context(device), job.costs()
         spec = job.store.spec
         self.class_names = spec.class_names
@@ -114,6 +118,7 @@ class Loop:
             writers=[group.ranks[0] for group in self.groups],
             attempt=workers[0][0],
             keep=job.runtime.checkpoints_kept,
+            share=job.runtime.checkpoint_share,
             timeout_s=job.runtime.collective_timeout_s,
         )
         state = self._restore()
@@ -184,7 +189,6 @@ class Loop:
         if self.context.rank == 0:  # drop rows after the checkpoint: they are written again
             kept = [row for row in read_rows(job.metrics) if row.get("step", 0) <= distiller.step]
             append_rows(job.metrics, kept, fresh=True)
-        self.saved_at = time.monotonic()
         shown = snapshot_steps(job.distill.num_steps)
         if distiller.step == 0:
             self._snapshot()
@@ -210,9 +214,11 @@ class Loop:
     def _log(self) -> None:
         """All-reduce the metrics and rank 0's decision to save a checkpoint."""
         waited = self.collectives.seconds - self.waited_before  # first: it synchronises the GPU
-        job, now, rank = self.job, time.monotonic(), self.context.rank
+        now, rank = time.monotonic(), self.context.rank
         steps, last = self.distiller.step - self.first_step, self._is_last()
-        due = last or now - self.saved_at >= job.runtime.checkpoint_every_s
+        reclaimed = self.preempted()
+        every_s = 0 if reclaimed else self.job.runtime.checkpoint_every_s
+        due = last or self.writer.due(every_s) or (reclaimed and not self.rescued)
         own = torch.zeros(2 + self.context.world_size, dtype=torch.float64)
         own[0] = self.collectives.bytes_sent - self.sent_before
         own[1] = float(rank == 0 and due and (last or not self.writer.busy))
@@ -227,6 +233,11 @@ class Loop:
         if rank == 0:
             self._report(means, sent / steps, (now - self.began) / steps, seconds)
         if save:
+            if reclaimed and not self.rescued and rank == 0:
+                logger.warning(
+                    "a node is about to be reclaimed: checkpoint of step %d", self.distiller.step
+                )
+            self.rescued = reclaimed
             self._save()
             if last:
                 self.writer.wait()
@@ -276,6 +287,7 @@ class Loop:
         """Start a checkpoint, written in the background. Workers that share classes first agree on
         the state (`Collectives.agree`), which removes any drift between them.
         """
+        began = time.monotonic()
         state, drifted = self.collectives.agree(self.distiller.state_dict())
         if drifted:
             self.distiller.load_state_dict(state)
@@ -285,5 +297,4 @@ class Loop:
             state["peak_rss_bytes"] = torch.tensor(max(peaks))
         if self.context.rank:  # psi and the step are the same everywhere: rank 0 writes them
             state = {key: value for key, value in state.items() if key.startswith("class/")}
-        self.writer.save(self.distiller.step, state)
-        self.saved_at = time.monotonic()
+        self.writer.save(self.distiller.step, state, began=began)

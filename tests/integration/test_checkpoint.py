@@ -18,6 +18,7 @@ from pipeline.runtime.checkpoint import (
     newest_step,
     newest_whole_step,
 )
+from pipeline.runtime.files import write_atomic
 
 
 def state_of(step: int, *classes: int) -> dict[str, torch.Tensor]:
@@ -118,6 +119,38 @@ def test_a_worker_reads_the_parts_of_its_classes(directory: UPath) -> None:
     assert {"step", "class/2/images"} <= state.keys()
     assert "class/1/images" not in state
     assert load_checkpoint(directory, classes=[1, 2]) is None
+
+
+def test_only_the_classes_asked_for_are_read(directory: UPath) -> None:
+    first, second = workers(directory, 2)
+    second.save(5, state_of(5, 1))
+    first.save(5, state_of(5, 0, 2))
+    first.wait()
+    state = load_checkpoint(directory, classes=[2])
+    assert state is not None
+    assert state.keys() == {"step", "class/2/images"}
+
+
+@pytest.mark.parametrize(("cost", "wait"), [(0.1, 30), (30, 600)])
+def test_what_takes_long_is_done_rarely(
+    directory: UPath, monkeypatch: pytest.MonkeyPatch, cost: float, wait: float
+) -> None:
+    """At most a twentieth of the time, and at least half a minute apart."""
+    clock = [0.0]
+    monkeypatch.setattr(pipeline.runtime.checkpoint.time, "monotonic", lambda: clock[0])
+
+    def slow(path: UPath, data: bytes | str) -> None:
+        clock[0] += cost / 3  # of a part, its note, and the index
+        write_atomic(path, data)
+
+    monkeypatch.setattr(pipeline.runtime.checkpoint, "write_atomic", slow)
+    writer = CheckpointWriter(directory, share=0.05)
+    writer.save(5, state_of(5, 0))
+    writer.wait()
+    clock[0] = wait - 1
+    assert not writer.due(30)
+    clock[0] = wait + 1
+    assert writer.due(30)
 
 
 def test_the_tensors_of_a_whole_checkpoint(directory: UPath) -> None:

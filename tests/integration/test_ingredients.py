@@ -110,6 +110,23 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
     assert any(name.startswith("psi_optimizer/1.") for name in states[0])
 
 
+@pytest.mark.parametrize(("told_at", "steps"), [((), [0, 6]), ((2, 4, 6), [0, 2, 6])])
+def test_a_reclaimed_node_leaves_one_checkpoint_at_once(
+    trained: tuple[RunConfig, Store, Path],
+    tmp_path: Path,
+    told_at: tuple[int, ...],
+    steps: list[int],
+) -> None:
+    """Half a minute is far away; `preempted` is asked at steps 2, 4 and 6. Others follow as they
+    can be afforded, which is none here.
+    """
+    job, asked = loop(trained, tmp_path / "run").job, iter((2, 4, 6))
+    runtime = dataclasses.replace(job.runtime, checkpoint_share=1e-6)
+    job = dataclasses.replace(job, runtime=runtime)
+    Loop(job, "cpu", lambda: next(asked) in told_at).run()
+    assert [int(path.name[5:]) for path in sorted(job.checkpoints.glob("step-*"))] == steps
+
+
 def test_batches_and_first_images_are_of_easy_images(
     trained: tuple[RunConfig, Store, Path], tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ num_components = 4
 [runtime]
 log_every = 2
 checkpoint_every_s = 0.0
+checkpoint_share = 1.0
 max_failures = 3
 """
 

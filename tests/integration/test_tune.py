@@ -54,6 +54,7 @@ batch_size = 16
 [runtime]
 log_every = 1
 checkpoint_every_s = 0.0
+checkpoint_share = 1.0
 [tune]
 samples = 2
 epochs = 3
