@@ -39,6 +39,7 @@ METHODS = ("ours", "dance", "tgdd", "ncfm", "dm")
 NARROW = {"model.width": "64", "distill.num_steps": "600", "evaluate.training.epochs": "300"}
 INGREDIENTS = {
     "pool_20_epochs": {"pretrain.training.epochs": "20", "pretrain.training.schedule": "cosine"},
+    "eight_networks": {"pretrain.networks": "8"},
     "steps_1800": {"distill.num_steps": "1800"},
     "calibration_1": {"distill.calibration": "1"},
     "mean_matching": {"distill.objective": "mmd"},
@@ -102,18 +103,10 @@ def headline(seeds: int) -> Iterator[Experiment]:
 CAMPAIGNS = {"methods": methods, "ingredients": ingredients, "headline": headline}
 
 
-def source_options(data: str, path: Path) -> dict[str, str]:
-    """How the pipeline reads it: a folder of class folders, or Fashion-MNIST's own files."""
-    if (path / "FashionMNIST").is_dir():
-        kind = {"source.kind": "torchvision", "source.name": "FashionMNIST"}
-        return {**kind, "source.path": str(path)}
-    return {"source.kind": "folder", "source.path": str(path)}
-
-
 def run(experiment: Experiment, source: Path, storage: Path) -> None:
     """Run it to its end, and record its rows. Raises RuntimeError if it fails time and again."""
     preset = f"pipeline/presets/{experiment.preset}.toml"
-    options = {**source_options(experiment.data, source), **experiment.options}
+    options = {**experiment.options, "source.kind": "folder", "source.path": str(source)}
     options |= {"name": experiment.name, "storage_path": str(storage)}
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
     command = [sys.executable, "pipeline/run.py", "--config", preset, *words]

@@ -37,7 +37,7 @@ __all__ = [
     "open_source",
 ]
 
-NOT_KINDS = ("data_files", "source")
+NOT_KINDS = ("data_files", "packed", "source")
 KINDS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in NOT_KINDS)
 
 
@@ -82,7 +82,9 @@ class SourceConfig:
     """Source of the real images."""
 
     kind: str = "builtin"
-    """`builtin`: crops of ten photographs from scikit-image. `folder`: a tree of images.
+    """`builtin`: crops of ten photographs from scikit-image. `folder`: a tree of images, or a data
+    set as its publisher ships it, in an archive or unpacked: ImageNet and its subsets, Tiny
+    ImageNet, CIFAR-10 and -100, Fashion-MNIST and MNIST.
     `torchvision`: one of its data sets, by source.name. `parquet`: files as on the Hugging Face
     hub. `webdataset`: tars. A dotted name: a module of your own (`Kind`)."""
     path: str | None = None
@@ -93,7 +95,7 @@ class SourceConfig:
     val_path: str | None = None
     """parquet, webdataset: the val files, if not under source.path."""
     name: Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN"] | None = None
-    """torchvision: the data set."""
+    """torchvision: the data set. folder: which of Fashion-MNIST and MNIST its files are."""
     download: bool = False
     """torchvision: download the data set if it is not under source.path."""
     subset: str | None = None

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -12,18 +13,18 @@ from upath import UPath
 
 from pipeline.data.image_files import SUFFIXES, fetch, list_images, read_image
 from pipeline.data.sources.data_files import SPLIT_NAME
+from pipeline.data.sources.packed import LABELS, torchvision_name, unpacked
 from pipeline.data.sources.source import Found, Sample, SampleList
 from pipeline.errors import SourceError
 
 KAGGLE = "Data/CLS-LOC"  # holds train/ and val/ in Kaggle's ImageNet
 KAGGLE_LABELS = "LOC_val_solution.csv"
-TINY_LABELS = "val_annotations.txt"  # beside Tiny ImageNet's images/
 
 if TYPE_CHECKING:
     from pipeline.data.sources import SourceConfig
 
-PATH = "a directory with train/<class>/ and val/<class>/"
-OPTIONS = ("subset",)
+PATH = "a directory with train/<class>/ and val/<class>/, or an archive"
+OPTIONS = ("subset", "name")
 
 
 class FolderSource(SampleList):
@@ -84,7 +85,7 @@ class FolderSource(SampleList):
                     f"{base} lacks {len(missing)} of the {len(names)} classes of source.subset "
                     f"{subset}: {', '.join(missing[:3])}"
                 )
-        elif val_part and not (self.root / val_part / TINY_LABELS).exists():
+        elif val_part and not (self.root / val_part / LABELS).exists():
             # Classes that only val has: their images are listed as rejected, not ignored.
             val_only = [name for name in _folders(self.root / val_part) if name not in names]
             names.update({name: name for name in val_only})
@@ -110,7 +111,7 @@ class FolderSource(SampleList):
         """File name without suffix -> class, for a split without class folders, from the label file
         of Kaggle's ImageNet or of Tiny ImageNet. Empty if there is none.
         """
-        annotations = self.root / part / TINY_LABELS
+        annotations = self.root / part / LABELS
         if annotations.exists():
             lines = annotations.read_text().splitlines()
             return {PurePosixPath(n).stem: c for n, c, *_ in (line.split("\t") for line in lines)}
@@ -186,8 +187,16 @@ def _folders(root: UPath) -> list[str]:
     return sorted(entry.name for entry in entries if not entry.name.startswith("."))
 
 
-def open_source(config: "SourceConfig") -> FolderSource:
+def open_source(config: "SourceConfig") -> SampleList:
     """See Kind."""
     assert config.path is not None
+    root, name = UPath(config.path), None
+    if isinstance(root, Path):
+        root = UPath(unpacked(root))
+        name = torchvision_name(root, config.name)
+    if name is not None:
+        from pipeline.data.sources.torchvision import open_source as open_torchvision
+
+        return open_torchvision(replace(config, kind="torchvision", name=name, path=str(root)))
     fractions = (config.val_fraction, config.selection_fraction)
-    return FolderSource(UPath(config.path), *fractions, subset=config.subset)
+    return FolderSource(root, *fractions, subset=config.subset)

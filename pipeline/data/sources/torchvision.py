@@ -1,12 +1,14 @@
 """Source torchvision: CIFAR, MNIST and SVHN through torchvision, optionally downloaded."""
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from torchvision import datasets
 
+from pipeline.data.sources.packed import torchvision_root
 from pipeline.data.sources.source import Found, Sample, SampleList
 from pipeline.errors import SourceError
 
@@ -31,7 +33,7 @@ class TorchvisionSource(SampleList):
         val_fraction: float,
         selection_fraction: float = 0.0,
     ) -> None:
-        def load(train: bool) -> tuple[list[str], list[Sample]]:
+        def load(root: Path, train: bool) -> tuple[list[str], list[Sample]]:
             part = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
             data = getattr(datasets, name)(root, **part, download=download)
             pixels, labels = np.asarray(data.data), getattr(data, "targets", ())
@@ -46,7 +48,8 @@ class TorchvisionSource(SampleList):
             ]
 
         try:
-            (names, train), (_, val) = load(True), load(False)
+            with torchvision_root(Path(root), name) as laid_out:
+                (names, train), (_, val) = load(laid_out, True), load(laid_out, False)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split()).removesuffix(
                 " You can use download=True to download it"
