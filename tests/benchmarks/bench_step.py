@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "32-batch256": {"size": 32, "classes": 10, "real": 256, "ipc": 20},
     "32-classes100": {"size": 32, "classes": 100, "real": 128, "ipc": 10},
     "32-classes100-psi": {"size": 32, "classes": 100, "real": 128, "ipc": 10, "psi": True},
+    "64-classes1000": {"size": 64, "classes": 1000, "real": 32, "ipc": 10, "width": 16},
     "cifar100": {"size": 32, "classes": 100, "real": 1024, "ipc": 10},  # the paper's table 3
     "cifar100-psi": {"size": 32, "classes": 100, "real": 1024, "ipc": 10, "psi": True},
 }
@@ -67,8 +68,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def network(size: int, classes: int, seed: int) -> Classifier:
-    return build_model(ModelConfig(), num_classes=classes, channels=3, image_size=size, seed=seed)
+def network(case: dict[str, Any], seed: int) -> Classifier:
+    model = ModelConfig(width=case.get("width", ModelConfig.width))
+    shape = {"num_classes": case["classes"], "image_size": case["size"]}
+    return build_model(model, channels=3, **shape, seed=seed)
 
 
 class Variant:
@@ -85,8 +88,7 @@ class Variant:
             class_names=tuple(map(str, range(classes))),
         )  # fmt: skip
         pairs = [
-            (network(size, classes, i).state_dict(), network(size, classes, 10 + i).state_dict())
-            for i in range(2)
+            (network(case, i).state_dict(), network(case, 10 + i).state_dict()) for i in range(2)
         ]
 
         def images(count: int, c: int) -> torch.Tensor:
@@ -98,7 +100,7 @@ class Variant:
             {c: images(case["ipc"], c).float() / 255 for c in range(classes)},
             factor=2,
             spec=spec,
-            pool=ExtractorPool(network(size, classes, 0), pairs, device=device),
+            pool=ExtractorPool(network(case, 0), pairs, device=device),
             seed=0,
             config=DistillConfig(calibration=case.get("calibration", 0.0), **VARIANTS[name]),
             frequencies=FrequencyConfig(sampler="psi" if case.get("psi") else "gaussian"),
@@ -111,7 +113,7 @@ class Variant:
             folder = Path(tempfile.mkdtemp())
             for number, pair in enumerate(pairs):
                 torch.save(pair, folder / f"{number}.pt")
-            self.loop = ReferenceLoop(distiller, network(size, classes, 0), folder)
+            self.loop = ReferenceLoop(distiller, network(case, 0), folder)
 
     def step(self) -> float:
         began = time.perf_counter()
@@ -149,8 +151,8 @@ class Variant:
         """Of the extractor in one step, with no more passes than the method needs: the real images
         forward, the synthetic ones forward and back to the pixels.
         """
-        size, classes = self.case["size"], self.case["classes"]
-        model = plain(network(size, classes, 0)).requires_grad_(False)
+        size = self.case["size"]
+        model = plain(network(self.case, 0)).requires_grad_(False)
         image = torch.zeros(1, 3, size, size, requires_grad=True)
         with FlopCounterMode(display=False) as there:
             features = model.features(image)
