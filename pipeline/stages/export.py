@@ -29,7 +29,8 @@ class ExportConfig:
     hub. Short form: `--to`."""
     push: str | None = None
     """Data set of the Hugging Face hub, owner/name, to upload the export to; it is private if it is
-    new. The token is that of the environment variable HF_TOKEN. Short form: `--push`."""
+    new. The token is that of the environment variable HF_TOKEN. Its manifest.json and its card have
+    the options of the run, with paths of this machine. Short form: `--push`."""
     dry_run: bool = False
     """With push: only list the files that would be uploaded, and their sizes."""
 
