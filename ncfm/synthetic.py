@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from upath import UPath
 
 from ncfm.formation import decode, decode_tiles, encode
+from ncfm.hub import download
 from ncfm.images import ImageSource, ImageSpec, epoch_order, to_unit
 from ncfm.tensor_files import file_sha256, read_tensors, write_tensors
 
@@ -197,11 +198,15 @@ class SyntheticSet:
 
 
 def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
-    """Load a set written by `SyntheticSet.save`.
+    """Load a set written by `SyntheticSet.save`, or one of the Hugging Face hub: hf://owner/name,
+    hf://owner/name@revision (needs the package huggingface_hub).
 
     The images of a local set are a memory map of the file. Raises FileNotFoundError if there is no
     set, ValueError if it has another format or its bytes have changed.
     """
+    if str(directory).startswith("hf://"):
+        name = str(directory).removeprefix("hf://").removeprefix("datasets/")
+        directory = download(name, ["manifest.json", "synthetic.safetensors"])
     path = UPath(directory)
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"no synthetic set at {path}: it has no manifest.json")

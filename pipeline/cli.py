@@ -67,7 +67,7 @@ def parse_command(argv: Sequence[str]) -> Command:
             known = ", ".join(STAGES + EXTRA_STAGES)
             raise UsageError(f"no stage {stages[0]!r}; the stages are {known}, and compare")
         if stages[0] == "export":
-            options = [re.sub(r"^--to(?==|$)", "--export.to", option) for option in options]
+            options = [re.sub(r"^--(to|push)(?==|$)", r"--export.\1", word) for word in options]
     presets, options = _presets_first(options)
     parser = _parser([] if presets else [PRESETS / "builtin.toml"])
     given = parser.parse_args(options)

@@ -15,7 +15,7 @@ from pipeline.graph import Action, log
 from pipeline.runtime.workers import available_cores, joins
 
 EXTRAS = {"optuna": "tune.sampler optuna", "mlflow": "tracking.mlflow", "wandb": "tracking.wandb",
-    "s3fs": "s3://", "gcsfs": "gs://"}  # fmt: skip
+    "s3fs": "s3://", "gcsfs": "gs://", "huggingface_hub": "hf://, source.kind hf"}  # fmt: skip
 """Package of an extra -> the option or URI that needs it."""
 
 

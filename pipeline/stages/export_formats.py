@@ -19,6 +19,12 @@ from pipeline.runtime.files import write_atomic
 from pipeline.stages.export import Format
 
 PER_FILE = 10_000  # images per tar or Parquet file
+FILES: dict[Format, str] = {
+    "imagefolder": "train/**",
+    "webdataset": "train-*.tar",
+    "parquet": "data/train-*.parquet",
+}
+"""Format -> pattern of the files with the images."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +57,28 @@ def export(
     name: str,
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> UPath:
-    """Write the set and its README.md, replacing the directory's contents; returns the directory.
+    """Write the set, also as `ncfm.load` reads it, and its README.md, replacing the directory's
+    contents; returns the directory.
 
     `rows`: rows of evaluation.json, for the card.
     """
     writer = {"imagefolder": _imagefolder, "webdataset": _webdataset, "parquet": _parquet}[to]
     with replaced(directory, last="README.md") as new:
-        files = writer(synthetic, new)
-        write_atomic(new / "README.md", data_card(synthetic, files, to, name=name, rows=rows))
+        writer(synthetic, new)
+        synthetic.save(new)
+        write_atomic(new / "README.md", data_card(synthetic, to, name=name, rows=rows))
     return directory
 
 
-def _imagefolder(synthetic: SyntheticSet, directory: UPath) -> str:
+def _imagefolder(synthetic: SyntheticSet, directory: UPath) -> None:
     folders = folder_names(synthetic.class_names)
     for example in examples(synthetic):
         path = directory / "train" / folders[example.label] / f"{example.key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, example.png, durable=False)
-    return "train/**"
 
 
-def _webdataset(synthetic: SyntheticSet, directory: UPath) -> str:
+def _webdataset(synthetic: SyntheticSet, directory: UPath) -> None:
     for number, part in enumerate(_parts(synthetic)):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -85,10 +92,9 @@ def _webdataset(synthetic: SyntheticSet, directory: UPath) -> str:
                     tar.addfile(info, io.BytesIO(data))
         write_atomic(directory / f"train-{number:06d}.tar", buffer.getvalue())
     write_atomic(directory / "classes.txt", "".join(f"{n}\n" for n in synthetic.class_names))
-    return "train-*.tar"
 
 
-def _parquet(synthetic: SyntheticSet, directory: UPath) -> str:
+def _parquet(synthetic: SyntheticSet, directory: UPath) -> None:
     columns = [
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         ("label", pa.int64()),
@@ -121,7 +127,6 @@ def _parquet(synthetic: SyntheticSet, directory: UPath) -> str:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
         path = directory / "data" / f"train-{number:05d}-of-{len(parts):05d}.parquet"
         write_atomic(path, buffer.getvalue())
-    return "data/train-*.parquet"
 
 
 def _parts(synthetic: SyntheticSet) -> Iterator[list[Example]]:
@@ -146,7 +151,6 @@ _LOAD = {
 
 def data_card(
     synthetic: SyntheticSet,
-    files: str,
     to: Format,
     *,
     name: str,
@@ -163,7 +167,9 @@ def data_card(
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "synthetic", "ncfm"],
         "size_categories": [_size_category(count)],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": files}]}],
+        "configs": [
+            {"config_name": "default", "data_files": [{"split": "train", "path": FILES[to]}]}
+        ],
     }
     # JSON values are valid YAML, whatever characters a name has.
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
@@ -173,6 +179,8 @@ def data_card(
         "Learned images, not photographs, that replace a whole data set for training a network. "
         "Made by neural characteristic function matching (NCFM, arXiv 2502.20653).\n",
         f"```python\n{_LOAD[to]}\n```\n",
+        "`ncfm.load` (package ncfm-ray) reads the same images in full precision, from a copy of "
+        "this folder or from `hf://OWNER/NAME`.\n",
         "| | |\n|---|---|",
         *(f"| {key} | {_cell(value)} |" for key, value in _facts(synthetic, to).items()),
     ]

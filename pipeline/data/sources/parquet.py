@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from PIL import Image
@@ -32,22 +33,14 @@ class ParquetSource(SampleList):
     A key is the image's path if all paths are distinct, else the file and the row.
     """
 
-    def __init__(
-        self,
-        path: str,
-        val_fraction: float,
-        selection_fraction: float = 0.0,
-        *,
-        val_path: str | None = None,
-        image: str | None = None,
-        label: str | None = None,
-        class_names: Sequence[str] | None = None,
-    ) -> None:
-        train, val = split_files(path, val_path, ".parquet")
-        self._columns: tuple[str | None, str | None] = (image, label)
-        self._names = class_names
+    def __init__(self, config: "SourceConfig", version: str | None = None) -> None:
+        """`version` of all files, where there is a better one than their sizes and times."""
+        assert config.path is not None
+        train, val = split_files(config.path, config.val_path, ".parquet")
+        self._columns: tuple[str | None, str | None] = (config.image, config.label)
+        self._names: Sequence[str] | None = config.class_names
         parts = [None if part is None else self._list(part) for part in (train, val)]
-        versions = [[file.name, file.version] for file in [*train, *(val or [])]]
+        versions = [[file.name, version or file.version] for file in [*train, *(val or [])]]
         contents = sort_labels(
             parts[0] or [],
             parts[1],
@@ -55,8 +48,12 @@ class ParquetSource(SampleList):
             versions=[*versions, list(self._columns)],
             rejected=[],
         )
-        super().__init__(contents, val_fraction=val_fraction, selection_fraction=selection_fraction)
-        self.refuse_no_train(f"source.path {path}", "labelled row")
+        super().__init__(
+            contents,
+            val_fraction=config.val_fraction,
+            selection_fraction=config.selection_fraction,
+        )
+        self.refuse_no_train(f"source.path {config.path}", "labelled row")
 
     def _list(self, files: Sequence[DataFile]) -> list[Labelled]:
         """Read the labels and paths of all rows, but no images."""
@@ -99,11 +96,13 @@ class ParquetSource(SampleList):
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata.get("info", {}).get("features", {})
         image, label = self._columns
-        images = [image] if image else [f.name for f in schema if _holds_images(f.type)]
+        # Columns of the feature types Image and ClassLabel first.
         marked = [name for name, feature in features.items() if "names" in _as_dict(feature)]
+        typed = {n for n, feature in features.items() if _as_dict(feature).get("_type") == "Image"}
+        images = [field.name for field in schema if _holds_images(field.type)]
+        images = [image] if image else sorted(images, key=lambda name: name not in typed)
         labels = [name for name in (*LABELS, *marked) if name in schema.names]
-        if label:
-            labels = [label]
+        labels = [label] if label else sorted(labels, key=lambda name: name not in marked)
         for option, names in (("image", images), ("label", labels)):
             if not names or names[0] not in schema.names:
                 raise SourceError(
@@ -152,18 +151,9 @@ def _row_group(uri: str, column: str, group: int) -> Any:
     table = _open(uri)
     is_struct = pa.types.is_struct(table.schema_arrow.field(column).type)
     part = table.read_row_group(group, columns=[f"{column}.bytes" if is_struct else column])[column]
-    return pa.compute.struct_field(part, "bytes") if is_struct else part
+    return pc.struct_field(part, "bytes") if is_struct else part
 
 
 def open_source(config: "SourceConfig") -> ParquetSource:
     """See Kind."""
-    assert config.path is not None
-    return ParquetSource(
-        config.path,
-        config.val_fraction,
-        config.selection_fraction,
-        val_path=config.val_path,
-        image=config.image,
-        label=config.label,
-        class_names=config.class_names,
-    )
+    return ParquetSource(config)
