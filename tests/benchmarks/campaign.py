@@ -3,6 +3,7 @@
     python tests/benchmarks/campaign.py methods --cifar10 DIR --storage DIR
     python tests/benchmarks/campaign.py ingredients --cifar10 DIR --storage DIR
     python tests/benchmarks/campaign.py headline --cifar10 DIR --fashionmnist DIR --storage DIR
+    python tests/benchmarks/campaign.py subsets --imagewoof DIR --storage DIR
 
 A run that fails is started again: it resumes from its last checkpoint. A finished one is recorded
 (`results.py record`) and skipped the next time, so that the same command goes on after a loss of
@@ -51,7 +52,11 @@ INGREDIENTS = {
     "one_network": {"pretrain.networks": "1"},
     "step_schedule": {"evaluate.protocol": "default"},
 }
-DATA = {"cifar10": "CIFAR-10 (JPEG)", "fashionmnist": "Fashion-MNIST"}
+DATA = {
+    "cifar10": "CIFAR-10 (JPEG)",
+    "fashionmnist": "Fashion-MNIST",
+    "imagewoof": "Imagewoof (144 px JPEG)",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def ingredients(seeds: int) -> Iterator[Experiment]:
 def headline(seeds: int) -> Iterator[Experiment]:
     """The best known settings at width 128."""
     for seed in range(seeds):
-        for data in DATA:
+        for data in ("cifar10", "fashionmnist"):
             for ipc, steps in ((1, "500"), (10, "1500")):
                 wide = {"model.width": "128", "distill.num_steps": steps, "seed": str(seed)}
                 long = {"evaluate.training.epochs": "600"}
@@ -100,7 +105,25 @@ def headline(seeds: int) -> Iterator[Experiment]:
                 yield Experiment(f"{name}_s{seed}", data, name, {**SHARED, **OURS, **wide, **long})
 
 
-CAMPAIGNS = {"methods": methods, "ingredients": ingredients, "headline": headline}
+def subsets(seeds: int) -> Iterator[Experiment]:
+    """ImageNet subsets at 128 px."""
+    small = {"model.width": "64", "distill.num_steps": "1000", "distill.real_batch": "64"}
+    small |= {"evaluate.training.epochs": "1000"}
+    random = {"evaluate.sets": '["distilled", "random", "random_same_factor"]'}
+    for seed in range(seeds):
+        options = {**SHARED, **OURS, **small, "pretrain.training.epochs": "10", "seed": str(seed)}
+        sets = {} if seed else random
+        yield Experiment(
+            f"imagewoof_ipc1_w64_s{seed}", "imagewoof", "imagewoof_ipc1", options | sets
+        )
+
+
+CAMPAIGNS = {
+    "methods": methods,
+    "ingredients": ingredients,
+    "headline": headline,
+    "subsets": subsets,
+}
 
 
 def run(experiment: Experiment, source: Path, storage: Path) -> None:
