@@ -19,11 +19,10 @@ from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
-from ncfm.models import ModelConfig
 from ncfm.selection import easy_count
 from ncfm.synthetic import SyntheticConfig
 from pipeline.data.batches import ClassBatches, warn_of_small_classes
-from pipeline.data.pool import load_trajectory, new_network
+from pipeline.data.pool import Pool, load_trajectory, new_network
 from pipeline.data.selection import Selection
 from pipeline.data.store import Store
 from pipeline.observe.progress import Progress, append_rows, read_rows
@@ -45,12 +44,10 @@ class DistillJob:
     """Inputs of a distillation worker."""
 
     store: Store
-    pool: UPath
-    networks: int
+    pool: Pool
     snapshot_epochs: tuple[int, ...]
     checkpoints: UPath
     metrics: UPath
-    model: ModelConfig
     synthetic: SyntheticConfig
     distill: DistillConfig
     frequencies: FrequencyConfig
@@ -154,13 +151,13 @@ class Loop:
             self.distiller.load_state_dict(state)
 
     def _load_pool(self) -> ExtractorPool:
-        job = self.job
-        network = new_network(job.model, job.store.spec, seed=0)  # weights are the pool's
+        job, pool = self.job, self.job.pool
+        models = [new_network(model, job.store.spec, seed=0) for model in pool.models]
         epochs = job.snapshot_epochs
         if job.distill.extractor == "blend":
             epochs = epochs[:1] + epochs[-1:]
-        trajectories = [load_trajectory(job.pool, i, epochs) for i in range(job.networks)]
-        return ExtractorPool(network, trajectories, epochs=epochs, device=self.context.device)
+        trajectories = [load_trajectory(pool.directory, i, epochs) for i in range(pool.networks)]
+        return ExtractorPool(models, trajectories, epochs=epochs, device=self.context.device)
 
     def _restore(self) -> dict[str, Tensor] | None:
         """The newest checkpoint that all workers can read; each reads only its classes."""

@@ -75,6 +75,11 @@ class Plan(Action):
 
     def check(self) -> None:
         """See Action."""
+        if models := self.config.pretrain.models:
+            raise UsageError(
+                "plan estimates a pool of model.name alone: leave out pretrain.models, got "
+                f"{', '.join(models)}"
+            )
         if self.config.plan.nodes is None or self.config.plan.classes is None:
             _ = self.run.source
 
