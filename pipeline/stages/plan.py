@@ -231,7 +231,7 @@ def shard_bytes(config: "RunConfig", source: Source) -> int:
             image = source.read(sample)
         except OSError:
             continue  # the shard stage lists it
-        small = square(image, config.shard.image_size, config.shard.channels)
+        small = square(image, config.shard)
         sizes.append(TAR_OVERHEAD + len(encode(small, config.shard)))
     if not sizes:
         raise StageError(f"none of {ENCODED} images of the source can be read")

@@ -165,5 +165,5 @@ def open_source(config: "SourceConfig") -> ParquetSource:
         val_path=config.val_path,
         image=config.image,
         label=config.label,
-        class_names=config.class_names,
+        class_names=config.names,
     )
