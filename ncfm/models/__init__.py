@@ -71,7 +71,10 @@ class ModelConfig:
             if self.depth is not None:
                 raise ValueError(f"only convnet takes a depth, got {self.depth} for {self.name}")
             if self.width != ModelConfig.width:
-                raise ValueError(f"only convnet takes a width, got {self.width} for {self.name}")
+                raise ValueError(
+                    f"only convnet takes a width, got {self.width} for {self.name}; "
+                    f"leave it at {ModelConfig.width}"
+                )
         if self.name == "resnet18" and self.norm == "none":
             raise ValueError("resnet18 needs a norm (its convolutions have no bias), got 'none'")
         if self.weights is not None:
