@@ -66,9 +66,14 @@ def load_weights(
     if all(k in state and state[k].shape == v.shape for k, v in own.items()):
         ours |= own
     else:
-        logger.warning("weights %s: their head does not fit; the new one starts fresh", path)
+        _warn_once(f"weights {path} have no head of this shape: it starts fresh")
     for name, tensor in ours.items():
         tensor.copy_(state[name])
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def weights_digest(path: str) -> str:
