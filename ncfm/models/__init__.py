@@ -46,7 +46,8 @@ class ModelConfig:
     weights: str | None = None
     """File, on every node, of the weights that every such network starts from, those of the
     evaluation too: safetensors or a PyTorch state dict, with the library's names of a library's
-    network. A head of another number of classes starts fresh. None: random weights."""
+    network. A head of another number of classes starts fresh. The pool trains them further; with
+    distill.blend [0, 0] the extractors have them as they are. None: random weights."""
     feature_layer: str | None = None
     """Submodule of a torchvision or timm network whose output, averaged over positions, is its
     features, which the head classifies. None: the last linear layer's inputs."""
