@@ -94,26 +94,29 @@ class Distiller:
         self.optimizer = ImageOptimizer(self.images, config)
         self.objective = lookup("objective", config.objective, OBJECTIVES)
         pool.to(precision)
-        self.kernels = (
-            config.compile is not False and self.device.type == "cpu" and precision == torch.float32
-        )
-        self.features = FeatureExtractor(
-            pool.model,
-            pool.native_features() if self.kernels else None,
-            image_size=spec.image_size,
-            tiles=factor**2,
-            normalize=config.normalize_features and not self.objective.raw_features,
-            device=self.device,
-            precision=precision,
-            num_steps=config.num_steps,
-            chunk_size=config.chunk_size,
-            graph_images=config.graph_images,
-            torch_compile=config.compile,
-            cuda_graphs=config.cuda_graphs,
-        )
+        quick = config.compile is not False and precision == torch.float32
+        self.kernels = quick and self.device.type == "cpu"
+        self.extractors = [
+            FeatureExtractor(
+                model,
+                pool.native_features(number) if self.kernels else None,
+                image_size=spec.image_size,
+                tiles=factor**2,
+                normalize=config.normalize_features and not self.objective.raw_features,
+                device=self.device,
+                precision=precision,
+                num_steps=config.num_steps,
+                chunk_size=config.chunk_size,
+                graph_images=config.graph_images,
+                torch_compile=config.compile,
+                cuda_graphs=config.cuda_graphs,
+            )
+            for number, model in enumerate(pool.models)
+        ]
+        self.features = self.extractors[0]  # that of the step's network
         self.frequencies = Frequencies(
             frequencies,
-            dim=pool.model.num_features,
+            dims=[model.num_features for model in pool.models],
             networks=len(pool),
             seed=seed,
             learns=self.objective.uses_frequencies,
@@ -138,6 +141,7 @@ class Distiller:
             self._generator("extractor"), cfg.extractor, cfg.blend, cfg.calibration_ahead
         )
         self.pool.blend(*extractor)
+        self.features = self.extractors[extractor.member % len(self.extractors)]
         self.frequencies.choose(extractor.member)
         held_out: list[Tensor] = []
         if self.frequencies.learns_between_classes:
@@ -192,7 +196,7 @@ class Distiller:
             metrics["calibration"] = self._calibrate(stored, step)
         gradient_sums = [p.grad.sum() for p in stored if p.grad is not None]
         self._check_finite(*by_class, torch.stack(gradient_sums))  # waits for a GPU once
-        self._step_images(stored)
+        self.optimizer.step([images.grad for images in stored])
         if ascent is not None:
             metrics["psi_objective"] = by_class[1].sum()
             self._step_psi(ascent)
@@ -241,9 +245,6 @@ class Distiller:
             total, start = total + loss.detach(), end
         return total
 
-    def _step_images(self, stored: list[Tensor]) -> None:
-        self.optimizer.step([images.grad for images in stored])
-
     def _step_psi(self, ascent: PsiGradient) -> None:
         """psi ascends the mean of the objective over all classes on all workers."""
         ascent.backward(self.communicator)
@@ -277,7 +278,6 @@ class Distiller:
         )
 
     def _check_finite(self, *values: Tensor) -> None:
-        """Of all classes, each (C,)."""
         finite = torch.isfinite(torch.stack(values)).all(0).tolist()
         if not all(finite):
             bad = [c for c, fine in zip(self.images, finite, strict=True) if not fine]

@@ -1,4 +1,4 @@
-"""The pool of feature extractors: snapshots of the training of some networks of one architecture.
+"""The pool of feature extractors: snapshots of the training of some networks.
 
 A step's extractor is lerp(first, second, beta) of two snapshots of one member: its initial and its
 trained weights (the paper's), a single snapshot, or any two. All weights of a network live in one
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncfm.backend.kernels import NativeConvNet, native
 from ncfm.models import Classifier
@@ -28,21 +28,46 @@ class Blend(NamedTuple):
     second: int = -1
 
 
+class _Blended:
+    """A module whose weights are views of one flat buffer."""
+
+    def __init__(self, model: Classifier, device: torch.device | str) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.names = [k for k, v in model.state_dict().items() if v.is_floating_point()]
+        self.native: NativeConvNet | None = None
+        self.point_into(self.flatten(model.state_dict()))
+
+    def flatten(self, state: State) -> Tensor:
+        return torch.cat([state[name].detach().reshape(-1) for name in self.names])
+
+    def point_into(self, flat: Tensor) -> None:
+        self.flat, offset = flat, 0
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name in self.names:
+            tensor = tensors[name]
+            tensor.data = flat[offset : offset + tensor.numel()].view_as(tensor)
+            offset += tensor.numel()
+
+
 class ExtractorPool:
-    """P networks of one architecture, each as the snapshots of its training, in their order."""
+    """P networks, each as the snapshots of its training, in their order.
+
+    With several architectures, member i has number i modulo their number.
+    """
 
     def __init__(
         self,
-        model: Classifier,
+        models: Classifier | Sequence[Classifier],
         trajectories: Sequence[Sequence[State]],
         *,
         epochs: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`trajectories` holds state dicts of `model` for each network: the initial one, any in
-        between, the trained one. `epochs` says after how many epochs of training each was taken;
-        by default after 0, 1, 2, ... Raises ValueError if there is no network, or if the networks
-        do not have the same number of snapshots.
+        """`models` has a module of every architecture. `trajectories` holds state dicts of its
+        module for each network: the initial one, any in between, the trained one. `epochs` says
+        after how many epochs of training each was taken; by default after 0, 1, 2, ... Raises
+        ValueError if there is no network, or if the networks do not have the same number of
+        snapshots.
         """
         if not trajectories:
             raise ValueError("an extractor pool needs at least one network")
@@ -54,52 +79,44 @@ class ExtractorPool:
             )
         if len(self.epochs) < 2 or sorted(set(self.epochs)) != list(self.epochs):
             raise ValueError(f"epochs must be at least two rising numbers, got {self.epochs}")
-        self.model = model.to(device).eval().requires_grad_(False)
-        self._names = [k for k, v in self.model.state_dict().items() if v.is_floating_point()]
-        self._snapshots = torch.stack(
-            [torch.stack([self._flatten(state) for state in states]) for states in trajectories]
-        ).to(device)  # (P, snapshots, weights)
-        self._flat = self._snapshots[0, 0].clone()
-        self._point_into(self._flat)
-        self._native: NativeConvNet | None = None
+        self.models = [models] if isinstance(models, nn.Module) else list(models)
+        self._blended = [_Blended(model, device) for model in self.models]
+        self._snapshots = [
+            torch.stack([self._of(member).flatten(state) for state in states]).to(device)
+            for member, states in enumerate(trajectories)
+        ]  # of each member (snapshots, weights)
 
     def __len__(self) -> int:
         return len(self._snapshots)
 
-    def _flatten(self, state: State) -> Tensor:
-        return torch.cat([state[name].detach().reshape(-1) for name in self._names])
-
-    def _point_into(self, flat: Tensor) -> None:
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        offset = 0
-        for name in self._names:
-            tensor = tensors[name]
-            tensor.data = flat[offset : offset + tensor.numel()].view_as(tensor)
-            offset += tensor.numel()
+    def _of(self, member: int) -> _Blended:
+        return self._blended[member % len(self._blended)]
 
     def to(self, dtype: torch.dtype) -> None:
-        """Change the precision of the model's weights; they are blended in float32 or better. The
+        """Change the precision of the models' weights; they are blended in float32 or better. A
         module alone must not be converted: its tensors would no longer be views of what a blend
         writes.
         """
-        self._snapshots = self._snapshots.to(torch.promote_types(dtype, torch.float32))
-        self._flat = self._flat.to(dtype)
-        self._point_into(self._flat)
+        kept = torch.promote_types(dtype, torch.float32)
+        self._snapshots = [snapshots.to(kept) for snapshots in self._snapshots]
+        for blended in self._blended:
+            blended.point_into(blended.flat.to(dtype))
 
-    def native_features(self) -> NativeConvNet | None:
-        """Native forward pass, kept in sync with `blend`; None if the model has none."""
-        self._native = native(self.model)
-        return self._native
+    def native_features(self, model: int = 0) -> NativeConvNet | None:
+        """Native forward pass of a model, kept in sync with `blend`; None if it has none."""
+        blended = self._blended[model]
+        blended.native = native(blended.model)
+        return blended.native
 
     def blend(self, member: int, beta: float, first: int = 0, second: int = -1) -> Classifier:
-        """The model with the weights lerp(first, second, beta) of two snapshots of a member (by
+        """The member's model with the weights lerp(first, second, beta) of two of its snapshots (by
         default its initial and its trained weights), buffers blended too.
         """
-        snapshots = self._snapshots[member]
-        self._flat.copy_(torch.lerp(snapshots[first], snapshots[second], beta))
-        if self._native is not None:
-            self._native.refresh()
-        return self.model
+        snapshots, blended = self._snapshots[member], self._of(member)
+        blended.flat.copy_(torch.lerp(snapshots[first], snapshots[second], beta))
+        if blended.native is not None:
+            blended.native.refresh()
+        return blended.model
 
     def draw(
         self, generator: torch.Generator, between: tuple[float, float] = (0.0, 1.0)

@@ -60,8 +60,8 @@ class FrequencyConfig:
     curriculum_steps: int = 0
     """Steps of this curriculum; 0: none."""
     per_network: bool = False
-    """A psi for each network of the pool, which learns in its steps; else one for all, though a
-    feature dimension means another thing in every network."""
+    """A psi for each network of the pool, which learns in its steps; else one for all of an
+    architecture, though a feature dimension means another thing in every network."""
     max_ratio: float = 3.0
     """psi keeps every scale within [sigma / max_ratio, sigma * max_ratio]; unbounded, it runs away.
     """

@@ -23,11 +23,11 @@ GRADIENT_GRID = 2.0**-44
 
 
 class Frequencies:
-    """The frequencies of every step, from one sampler or one for each network of the pool, and
-    psi's optimiser.
+    """The frequencies of every step, from one sampler for each architecture or one for each network
+    of the pool, and psi's optimiser.
 
     Args:
-        dim: dimension of the features.
+        dims: dimension of the features of each architecture, which the networks have in turn.
         networks: those of the pool.
         learns: whether what the images descend depends on frequencies, so that psi may ascend it.
     """
@@ -36,7 +36,7 @@ class Frequencies:
         self,
         config: FrequencyConfig,
         *,
-        dim: int,
+        dims: Sequence[int],
         networks: int,
         seed: int,
         learns: bool,
@@ -45,8 +45,10 @@ class Frequencies:
     ) -> None:
         self.config, self.seed, self.device, self.dtype = config, seed, device, dtype
         self.samplers = nn.ModuleList(
-            build_sampler(config, dim, keyed_generator(seed, "psi_init", member))
-            for member in range(networks if config.per_network else 1)
+            build_sampler(
+                config, dims[member % len(dims)], keyed_generator(seed, "psi_init", member)
+            )
+            for member in range(networks if config.per_network else len(dims))
         ).to(device, dtype)
         self.sampler = self.samplers[0]  # that of the step's network
         self.optimizer = (

@@ -15,7 +15,7 @@ from ncfm.backend.kernels import kernel_logits
 from ncfm.backend.memory import keep_freed_memory
 from ncfm.backend.threads import Map, thread_map
 from ncfm.images import ImageSource, ImageSpec, to_device, to_unit
-from ncfm.models.from_torchvision import TorchvisionClassifier
+from ncfm.models.libraries import LibraryClassifier
 from ncfm.seeding import global_generator, keyed_generator, keyed_seed
 from ncfm.training_state import TrainingState, WeightAverages, load_state, pack_state
 
@@ -247,7 +247,7 @@ def _part_size(model: nn.Module, spec: ImageSpec, device: torch.device | str) ->
     On a CPU activations of many MiB cost more than their arithmetic. The gradients of the parts add
     up to that of the batch, unless the network has statistics of the batch, or draws.
     """
-    if torch.device(device).type != "cpu" or isinstance(model, TorchvisionClassifier):
+    if torch.device(device).type != "cpu" or isinstance(model, LibraryClassifier):
         return None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return None

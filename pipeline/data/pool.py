@@ -1,19 +1,42 @@
 """Files of a pool of networks: one per member, with its snapshots and metric rows."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from safetensors.torch import load, save
 from torch import Tensor
 from upath import UPath
 
 from ncfm.images import ImageSpec
-from ncfm.models import ModelConfig, build_model
+from ncfm.models import Classifier, ModelConfig, build_model
 
 State = dict[str, Tensor]
 
 
-def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """A pool of trained networks, which have the architectures in turn."""
+
+    directory: UPath
+    models: tuple[ModelConfig, ...]
+    networks: int
+
+    def model(self, member: int) -> ModelConfig:
+        """The architecture of a member."""
+        return self.models[member % len(self.models)]
+
+    def trained(self, member: int, spec: ImageSpec) -> Classifier:
+        """A member's trained network."""
+        network = new_network(self.model(member), spec, seed=0)  # weights are loaded below
+        network.load_state_dict(load_member(self.directory, member)[1])
+        return network
+
+    def teachers(self, count: int, spec: ImageSpec) -> Iterator[Classifier]:
+        """The first `count` trained networks, or all if there are fewer."""
+        return (self.trained(member, spec) for member in range(min(count, self.networks)))
+
+
+def new_network(model: ModelConfig, spec: ImageSpec, seed: int) -> Classifier:
     """Build a network for these images, with initial weights from the seed."""
     return build_model(
         model,

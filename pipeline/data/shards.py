@@ -10,8 +10,8 @@ import json
 import pickle
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from pipeline.runtime.identity import peak_rss_bytes
 SUFFIX = {"png": "png", "jpeg": "jpg", "raw": "npy"}  # as webdataset and Ray Data decode them
 TAR_OVERHEAD = 2048  # bytes per sample: two headers, the label's block, padding
 
+Fit = Literal["crop", "pad", "stretch"]
 Record = dict[str, Any]  # description of a written shard; JSON
 
 
@@ -33,7 +34,10 @@ class ShardConfig:
     """Size and encoding of stored images."""
 
     image_size: int = 32
-    """Side in pixels: images are resized, with antialiasing, and centre-cropped."""
+    """Side in pixels: images are resized, with antialiasing, and made square by `fit`."""
+    fit: Fit = "crop"
+    """crop: the central square of an image that is not square. pad: all of it, between black bars.
+    stretch: all of it, its sides scaled differently."""
     channels: Literal[1, 3] = 3
     """3: RGB; greyscale images are converted. 1: greyscale; colour images are converted."""
     encoding: Literal["png", "jpeg", "raw"] = "png"
@@ -51,10 +55,21 @@ class ShardConfig:
         for name in ("image_size", "shard_size", "shard_mib"):
             if getattr(self, name) < 1:
                 raise ValueError(f"shard.{name} must be at least 1, got {getattr(self, name)}")
+        if self.fit not in get_args(Fit):
+            raise ValueError(
+                f"shard.fit must be one of {', '.join(get_args(Fit))}, got {self.fit!r}"
+            )
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"shard.max_bad must be within [0, 1], got {self.max_bad}")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"shard.jpeg_quality must be 1 to 100, got {self.jpeg_quality}")
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the shards depend on, which max_bad is not. `fit`, a later option, only
+        if it is set, so that earlier shards stay valid.
+        """
+        fields = asdict(self) | {"max_bad": 0.0}
+        return {k: v for k, v in fields.items() if (k, v) != ("fit", "crop")}
 
     @property
     def samples_per_shard(self) -> int:
@@ -122,7 +137,7 @@ def write_shard(
     # In the order of the source's files, which may be fast to read only sequentially.
     for sample in sorted(task.samples, key=lambda sample: (sample.uri, sample.where)):
         try:
-            image = square(read(sample), config.image_size, config.channels)
+            image = square(read(sample), config)
         except (StorageError, MemoryError):
             raise
         except Exception as error:  # decoders raise anything on broken files
@@ -151,20 +166,28 @@ def write_shard(
     return {**record, "reused": False, "peak_rss_bytes": peak_rss_bytes()}
 
 
-def square(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """Centre crop of an image, resized with antialiasing to size x size, RGB or greyscale.
+def square(image: Image.Image, config: ShardConfig) -> Image.Image:
+    """An image as stored: resized with antialiasing to a square, RGB or greyscale.
 
     Cropping before resizing equals the usual resize and centre crop up to a fraction of a pixel,
     and needs no extra memory for very long images.
     """
-    short = min(image.size)
-    left, upper = ((length - short) // 2 for length in image.size)
-    box = (left, upper, left + short, upper + short)
-    if short == size:
-        small = image.crop(box)
+    size, (short, long) = config.image_size, sorted(image.size)
+    if config.fit == "crop":
+        left, upper = ((length - short) // 2 for length in image.size)
+        box = (left, upper, left + short, upper + short)
+        if short == size:
+            small = image.crop(box)
+        else:
+            small = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    elif config.fit == "stretch":
+        small = image.resize((size, size), Image.Resampling.BILINEAR)
     else:
-        small = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return small.convert("RGB" if channels == 3 else "L")
+        width, height = (max(1, round(length * size / long)) for length in image.size)
+        small = Image.new(image.mode, (size, size))
+        whole = image.resize((width, height), Image.Resampling.BILINEAR)
+        small.paste(whole, ((size - width) // 2, (size - height) // 2))
+    return small.convert("RGB" if config.channels == 3 else "L")
 
 
 def encode(image: Image.Image, config: ShardConfig) -> bytes:

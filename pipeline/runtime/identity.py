@@ -20,13 +20,17 @@ def fingerprint(*parts: object) -> str:
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys; dataclasses become dictionaries of their fields."""
+    """JSON with sorted keys; dataclasses become dictionaries of their fields, or their `identity`
+    if they have that method.
+    """
     return json.dumps(value, sort_keys=True, default=_plain)
 
 
 def _plain(value: object) -> object:
+    if callable(identity := getattr(value, "identity", None)):
+        return identity()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"cannot fingerprint a {type(value).__name__}: {value!r}")
 
 

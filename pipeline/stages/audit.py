@@ -92,14 +92,14 @@ class UnseenExtractor(Pretrain):
     recorded = False
 
     def __init__(self, run: Run, model: ModelConfig) -> None:
-        pretrain = dataclasses.replace(run.config.pretrain, networks=1, snapshot_every=0)
+        pretrain = dataclasses.replace(run.config.pretrain, networks=1, snapshot_every=0, models=())
         seed = keyed_seed(run.config.seed, "audit_extractor")
         super().__init__(run, model=model, pretrain=pretrain, seed=seed)
 
     @property
     def label(self) -> str:
         """See Stage."""
-        return f"extractor {self.model.name}"
+        return f"extractor {self.models[0].name}"
 
 
 class Audit(Stage):
@@ -132,7 +132,7 @@ class Audit(Stage):
         job = AuditJob(
             store=shards.store,
             distilled=self.run.directory / "distilled",
-            extractors=tuple((each.model, each.directory) for each in self._extractors),
+            extractors=tuple(each.pool for each in self._extractors),
             config=cfg.audit,
             ipc=cfg.ipc,
             factor=cfg.synthetic.factor,
@@ -173,11 +173,12 @@ def summarise(job: AuditJob, sets: Mapping[str, Tensor], real: RealSide) -> Mani
         own = {k.removeprefix(f"{key}/"): v for k, v in sets.items() if k.startswith(f"{key}/")}
         for measure, value in _pixel_measures(own, real.nearest.get(f"{key}/pixels")).items():
             values.setdefault((measure, "", name), []).append(value)
-        for e, (model, _) in enumerate(job.extractors):
+        for e, pool in enumerate(job.extractors):
+            extractor = pool.models[0].name
             measured, by_class = _feature_measures(own, real, e, job.config.neighbours)
             for measure, value in measured.items():
-                values.setdefault((measure, model.name, name), []).append(value)
-            classes = per_class.setdefault(model.name, {})
+                values.setdefault((measure, extractor, name), []).append(value)
+            classes = per_class.setdefault(extractor, {})
             classes[name] = classes.get(name, torch.zeros(())) + by_class / (
                 1 if name == "distilled" else job.config.draws
             )

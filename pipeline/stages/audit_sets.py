@@ -15,11 +15,10 @@ from ncfm import load
 from ncfm.baselines import random_set
 from ncfm.discrepancy import cf_sums
 from ncfm.images import ImageSource, InMemoryImages, epoch_order, to_unit
-from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_generator
 from ncfm.synthetic import SyntheticSet
 from pipeline.data.batches import ClassBatches
-from pipeline.data.pool import load_member, new_network
+from pipeline.data.pool import Pool
 from pipeline.data.store import Store
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class AuditJob:
 
     store: Store
     distilled: UPath
-    extractors: tuple[tuple[ModelConfig, UPath], ...]  # network, its pool
+    extractors: tuple[Pool, ...]  # the first network of each
     config: "AuditConfig"
     ipc: int
     factor: int
@@ -102,9 +101,8 @@ class Extractors:
     def __init__(self, job: AuditJob, device: str) -> None:
         self.job, self.spec, self.device = job, job.store.spec, device
         self.networks, self.frequencies, self.projections = [], [], []
-        for place, (model, pool) in enumerate(job.extractors):
-            network = new_network(model, self.spec, seed=0)  # weights are loaded below
-            network.load_state_dict(load_member(pool, 0)[1])
+        for place, pool in enumerate(job.extractors):
+            network = pool.trained(0, self.spec)
             self.networks.append(network.to(self.device).eval())
             dim = network.num_features
             t = torch.randn(

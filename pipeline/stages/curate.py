@@ -1,7 +1,6 @@
 """Stage curate: a copy of the distilled set with soft labels from the pool's networks."""
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from upath import UPath
@@ -9,9 +8,7 @@ from upath import UPath
 from ncfm import load
 from ncfm.curation import CurateConfig
 from ncfm.curation import curate as add_soft_labels
-from ncfm.images import ImageSpec
-from ncfm.models import Classifier, ModelConfig
-from pipeline.data.pool import load_member, new_network
+from pipeline.data.pool import Pool
 from pipeline.graph import Stage
 from pipeline.runtime.directories import replaced
 from pipeline.runtime.files import Manifest
@@ -44,9 +41,7 @@ class Curate(Stage):
         job = CurateJob(
             distilled=self.run.directory / "distilled",
             curated=self.run.directory / "curated",
-            pool=self.run.stage(Pretrain).directory,
-            networks=self.config.pretrain.networks,
-            model=self.config.model,
+            pool=self.run.stage(Pretrain).pool,
             config=self.config.curate,
         )
         return curate(job, self.run.workers(1))
@@ -63,31 +58,18 @@ class CurateJob:
 
     distilled: UPath
     curated: UPath
-    pool: UPath
-    networks: int
-    model: ModelConfig
+    pool: Pool
     config: CurateConfig
 
     def run(self, device: str) -> Manifest:
         """Write the set with soft labels; runs inside a Ray task."""
         synthetic = load(self.distilled)
-        count = min(self.config.networks, self.networks)
-        teachers = pool_networks(self.pool, count, self.model, synthetic.spec)
+        teachers = self.pool.teachers(self.config.networks, synthetic.spec)
         curated = add_soft_labels(synthetic, teachers, self.config, device=device)
         provenance = {**synthetic.provenance, "curation": dataclasses.asdict(self.config)}
         with replaced(self.curated, last="manifest.json") as new:
             dataclasses.replace(curated, provenance=provenance).save(new)
         return {"peak_rss_bytes": peak_rss_bytes()}
-
-
-def pool_networks(
-    pool: UPath, count: int, model: ModelConfig, spec: ImageSpec
-) -> Iterator[Classifier]:
-    """The first `count` trained networks of a pool, loaded in turn into one module."""
-    network = new_network(model, spec, seed=0)  # weights are loaded below
-    for member in range(count):
-        network.load_state_dict(load_member(pool, member)[1])
-        yield network
 
 
 def curate(job: CurateJob, workers: Workers) -> Manifest:

@@ -56,12 +56,10 @@ class Distill(Stage):
         directory = self.run.directory
         return DistillJob(
             store=shards.store,
-            pool=pool.directory,
-            networks=cfg.pretrain.networks,
+            pool=pool.pool,
             snapshot_epochs=cfg.pretrain.snapshot_epochs,
             checkpoints=directory / "checkpoints" / identity,
             metrics=directory / "metrics.jsonl",
-            model=cfg.model,
             synthetic=cfg.synthetic,
             distill=cfg.distill,
             frequencies=cfg.frequencies,

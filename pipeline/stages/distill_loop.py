@@ -20,11 +20,10 @@ from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig, Distiller, NonFiniteLossError
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
-from ncfm.models import ModelConfig
 from ncfm.selection import easy_count
 from ncfm.synthetic import SyntheticConfig
 from pipeline.data.batches import ClassBatches, warn_of_small_classes
-from pipeline.data.pool import load_trajectory, new_network
+from pipeline.data.pool import Pool, load_trajectory, new_network
 from pipeline.data.selection import Selection
 from pipeline.data.store import Store
 from pipeline.observe.progress import Progress, append_rows, read_rows
@@ -46,12 +45,10 @@ class DistillJob:
     """Inputs of a distillation worker."""
 
     store: Store
-    pool: UPath
-    networks: int
+    pool: Pool
     snapshot_epochs: tuple[int, ...]
     checkpoints: UPath
     metrics: UPath
-    model: ModelConfig
     synthetic: SyntheticConfig
     distill: DistillConfig
     frequencies: FrequencyConfig
@@ -112,15 +109,7 @@ class Loop:
             warn_of_small_classes(job.matched_counts(), job.distill.real_batch)
         workers = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
         self.hosts = [host for _, host in workers]
-        self.writer = CheckpointWriter(
-            job.checkpoints,
-            rank=self.context.rank,
-            writers=[group.ranks[0] for group in self.groups],
-            attempt=workers[0][0],
-            keep=job.runtime.checkpoints_kept,
-            share=job.runtime.checkpoint_share,
-            timeout_s=job.runtime.collective_timeout_s,
-        )
+        self.writer = self._checkpoint_writer(attempt=workers[0][0])
         state = self._restore()
         pool = self._load_pool()
         selection = Selection(
@@ -158,14 +147,25 @@ class Loop:
         else:
             self.distiller.load_state_dict(state)
 
+    def _checkpoint_writer(self, attempt: str) -> CheckpointWriter:
+        return CheckpointWriter(
+            self.job.checkpoints,
+            rank=self.context.rank,
+            writers=[group.ranks[0] for group in self.groups],
+            attempt=attempt,
+            keep=self.job.runtime.checkpoints_kept,
+            share=self.job.runtime.checkpoint_share,
+            timeout_s=self.job.runtime.collective_timeout_s,
+        )
+
     def _load_pool(self) -> ExtractorPool:
-        job = self.job
-        network = new_network(job.model, job.store.spec, seed=0)  # weights are the pool's
+        job, pool = self.job, self.job.pool
+        models = [new_network(model, job.store.spec, seed=0) for model in pool.models]
         epochs = job.snapshot_epochs
         if job.distill.extractor == "blend":
             epochs = epochs[:1] + epochs[-1:]
-        trajectories = [load_trajectory(job.pool, i, epochs) for i in range(job.networks)]
-        return ExtractorPool(network, trajectories, epochs=epochs, device=self.context.device)
+        trajectories = [load_trajectory(pool.directory, i, epochs) for i in range(pool.networks)]
+        return ExtractorPool(models, trajectories, epochs=epochs, device=self.context.device)
 
     def _restore(self) -> dict[str, Tensor] | None:
         """The newest checkpoint that all workers can read; each reads only its classes."""

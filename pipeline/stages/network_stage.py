@@ -5,18 +5,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from upath import UPath
 
-from ncfm.models import ModelConfig, build_model
-from pipeline.errors import UsageError
+from ncfm.models import ModelConfig
 from pipeline.graph import Run, Stage
 from pipeline.runtime.identity import fingerprint
 from pipeline.runtime.tasks import MOST_THREADS
 from pipeline.stages.curate import CURATE_VERSION, Curate
 from pipeline.stages.distill import Distill
 from pipeline.stages.networks import EvaluationTask, SetName, run_tasks
-from pipeline.stages.pretrain import Pretrain
+from pipeline.stages.pretrain import Pretrain, check_model
 from pipeline.stages.shard import Shard
 
 
@@ -48,24 +46,9 @@ def named_model(run: Run, name: str) -> ModelConfig:
     """The network of that name, with the run's model options if it is the run's own model. Raises
     UsageError if it cannot be built for these images.
     """
-    model = run.config.model if name == run.config.model.name else ModelConfig(name=name)
+    model = run.config.model.named(name)
     check_model(run, model)
     return model
-
-
-def check_model(run: Run, model: ModelConfig) -> None:
-    """Raise UsageError if a network cannot be built for these images."""
-    manifest = run.stage(Shard).manifest
-    try:
-        with torch.device("meta"):
-            build_model(
-                model,
-                num_classes=len(manifest["class_names"]),
-                channels=manifest["channels"],
-                image_size=manifest["image_size"],
-            )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def evaluation_task(
@@ -88,9 +71,7 @@ def evaluation_task(
         identity=fingerprint(shards.fingerprint, _content(run, name)),
         store=shards.store,
         distilled=run.directory / ("curated" if name == "distilled_soft" else "distilled"),
-        pool=pool.directory,
-        pool_model=cfg.model,
-        networks=cfg.pretrain.networks,
+        pool=pool.pool,
         curate=cfg.curate,
         model=model,
         training=training,

@@ -4,7 +4,6 @@ One task per network. Results are small files in the cache: a rerun with more re
 run with the same baseline, trains only the missing networks.
 """
 
-import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -26,14 +25,13 @@ from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
 from pipeline.data.batches import ClassBatches, StoredImages
-from pipeline.data.pool import load_member, new_network
+from pipeline.data.pool import Pool
 from pipeline.data.store import Store
 from pipeline.observe.progress import Progress
 from pipeline.runtime.files import read_json, write_atomic
 from pipeline.runtime.identity import fingerprint, peak_rss_bytes
 from pipeline.runtime.tasks import run_each
 from pipeline.runtime.workers import Workers
-from pipeline.stages.curate import pool_networks
 
 SetName = Literal[
     "distilled",
@@ -65,9 +63,7 @@ class EvaluationTask:
     identity: str  # fingerprint of the set's content
     store: Store
     distilled: UPath  # with soft labels for the set distilled_soft
-    pool: UPath
-    pool_model: ModelConfig
-    networks: int
+    pool: Pool
     curate: CurateConfig
     model: ModelConfig
     training: TrainConfig
@@ -124,8 +120,7 @@ class EvaluationTask:
         else:
             images = self.random_images(classes)
         if self.set == "random_soft":
-            count = min(self.curate.networks, self.networks)
-            teachers = pool_networks(self.pool, count, self.pool_model, spec)
+            teachers = self.pool.teachers(self.curate.networks, spec)
             images = add_soft_labels(images, teachers, self.curate, device=device)
         return images.source(soft=self.is_soft, device=device)
 
@@ -152,9 +147,7 @@ class EvaluationTask:
     def _herding(self, classes: Sequence[int], device: str) -> SyntheticSet:
         """Real images chosen by herding; each repeat uses the features of another pool network."""
         spec = self.store.spec
-        network = new_network(self.pool_model, spec, seed=0)  # weights are loaded below
-        _, trained = load_member(self.pool, self.repeat % self.networks)
-        network.load_state_dict(trained)
+        network = self.pool.trained(self.repeat % self.pool.networks, spec)
         chosen = [
             herding_set(
                 StoredImages(self.store, "train", [c]),
@@ -169,9 +162,8 @@ class EvaluationTask:
         return SyntheticSet(torch.cat(chosen), labels, 1, spec)
 
     def _view_labels(self, device: str) -> ViewLabels:
-        count = min(self.curate.networks, self.networks)
-        teachers = pool_networks(self.pool, count, self.pool_model, self.store.spec)
-        return ViewLabels([copy.deepcopy(each) for each in teachers], self.curate, device=device)
+        teachers = self.pool.teachers(self.curate.networks, self.store.spec)
+        return ViewLabels(list(teachers), self.curate, device=device)
 
     def run(self, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         """Train and test, inside a Ray task. The result does not depend on `threads`."""

@@ -75,6 +75,11 @@ class Plan(Action):
 
     def check(self) -> None:
         """See Action."""
+        if models := self.config.pretrain.models:
+            raise UsageError(
+                "plan estimates a pool of model.name alone: leave out pretrain.models, got "
+                f"{', '.join(models)}"
+            )
         if self.config.plan.nodes is None or self.config.plan.classes is None:
             _ = self.run.source
 
@@ -226,7 +231,7 @@ def shard_bytes(config: "RunConfig", source: Source) -> int:
             image = source.read(sample)
         except OSError:
             continue  # the shard stage lists it
-        small = square(image, config.shard.image_size, config.shard.channels)
+        small = square(image, config.shard)
         sizes.append(TAR_OVERHEAD + len(encode(small, config.shard)))
     if not sizes:
         raise StageError(f"none of {ENCODED} images of the source can be read")

@@ -18,11 +18,12 @@ from upath import UPath
 from ncfm.augment import AugmentConfig
 from ncfm.evaluate import accuracy
 from ncfm.images import ImageSource, ImageSpec
-from ncfm.models import ModelConfig
+from ncfm.models import ModelConfig, build_model
 from ncfm.seeding import keyed_seed
 from ncfm.train import EpochReport, TrainConfig, train
 from pipeline.data.batches import StoredImages
 from pipeline.data.pool import (
+    Pool,
     State,
     contiguous,
     member_path,
@@ -32,6 +33,7 @@ from pipeline.data.pool import (
     snapshot_path,
 )
 from pipeline.data.store import Store
+from pipeline.errors import UsageError
 from pipeline.graph import Run, Stage
 from pipeline.observe.progress import Progress, append_rows, read_rows
 from pipeline.runtime.files import Manifest, write_atomic
@@ -61,12 +63,22 @@ class PretrainConfig:
     snapshot_every: int = 0
     """Epochs between snapshots of each network, for distill.extractor `snapshot` and
     `snapshot_blend`. 0: only the initial and the trained weights, which are always kept."""
+    models: tuple[str, ...] = ()
+    """Architectures that the networks have in turn, named as for model.name, whose other options
+    apply where it is named; empty: model.name alone."""
 
     def __post_init__(self) -> None:
         if self.networks < 1:
             raise ValueError(f"networks must be at least 1, got {self.networks}")
         if self.snapshot_every < 0:
             raise ValueError(f"snapshot_every must not be negative, got {self.snapshot_every}")
+        for name in self.models:
+            ModelConfig(name=name)  # raises ValueError if there is no such network
+        if len(self.models) > self.networks:
+            raise ValueError(
+                f"models must be at most as many as networks, got {list(self.models)} for "
+                f"{self.networks}"
+            )
 
     @property
     def snapshot_epochs(self) -> tuple[int, ...]:
@@ -90,7 +102,9 @@ class Pretrain(Stage):
     ) -> None:
         """The run's own pool, or a variant with the given model, options or seed."""
         super().__init__(run)
-        self.model, self.pretrain = model or run.config.model, pretrain or run.config.pretrain
+        self.pretrain, own = pretrain or run.config.pretrain, run.config.model
+        names = self.pretrain.models or (own.name,)
+        self.models = (model,) if model else tuple(own.named(name) for name in names)
         self.seed = run.config.seed if seed is None else seed
 
     @cached_property
@@ -100,12 +114,18 @@ class Pretrain(Stage):
             "pretrain",
             PRETRAIN_VERSION,
             self.run.stage(Shard).fingerprint,
-            self.model,
+            *self.models,
             self.pretrain.training,
             self.pretrain.snapshot_every,
             self.seed,
         )
         return self.config.cache("pretrain", identity)
+
+    @property
+    def pool(self) -> Pool:
+        """The networks; once the stage is built, they are there."""
+        networks = self.pretrain.networks
+        return Pool(directory=self.directory, models=self.models, networks=networks)
 
     def identity(self) -> str:
         """See Stage."""
@@ -113,11 +133,12 @@ class Pretrain(Stage):
 
     def build(self) -> Manifest:
         """See Stage."""
+        for model in self.models:
+            check_model(self.run, model)
         runtime = self.config.runtime
         job = PretrainJob(
             store=self.run.stage(Shard).store,
-            directory=self.directory,
-            model=self.model,
+            pool=self.pool,
             config=self.pretrain,
             seed=self.seed,
             checkpoint_every_s=runtime.checkpoint_every_s,
@@ -126,13 +147,27 @@ class Pretrain(Stage):
         return pretrain(job, workers, max_failures=runtime.max_failures)
 
 
+def check_model(run: Run, model: ModelConfig) -> None:
+    """Raise UsageError if a network cannot be built for these images."""
+    manifest = run.stage(Shard).manifest
+    try:
+        with torch.device("meta"):
+            build_model(
+                model,
+                num_classes=len(manifest["class_names"]),
+                channels=manifest["channels"],
+                image_size=manifest["image_size"],
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:
     """Inputs of a task that trains a member of the pool."""
 
     store: Store
-    directory: UPath
-    model: ModelConfig
+    pool: Pool
     config: PretrainConfig
     seed: int
     checkpoint_every_s: float = 30.0
@@ -142,7 +177,7 @@ class PretrainJob:
 def pretrain(job: PretrainJob, workers: Workers, *, max_failures: int) -> Manifest:
     """Train the missing members; returns the pool's manifest entries."""
     members = range(job.config.networks)
-    missing = {i: (job, i) for i in members if not member_path(job.directory, i).exists()}
+    missing = {i: (job, i) for i in members if not member_path(job.pool.directory, i).exists()}
     progress = Progress("pretrain", len(missing), unit="networks")
     peak = 0
     for done, (_, result) in enumerate(
@@ -157,8 +192,8 @@ def pretrain_member(task: tuple[PretrainJob, int], threads: int, device: str) ->
     """Train one member, as a Ray task. The result does not depend on the number of threads."""
     torch.set_num_threads(1)  # per operation: threads share a batch instead
     job, member = task
-    if member_path(job.directory, member).exists():  # its worker died after writing it
-        return _result(read_rows(metrics_path(job.directory, member))[-1])
+    if member_path(job.pool.directory, member).exists():  # its worker died after writing it
+        return _result(read_rows(metrics_path(job.pool.directory, member))[-1])
     images = {split: StoredImages(job.store, split) for split in ("train", "val")}
     return train_member(job, member, images, job.store.spec, torch.device(device), threads=threads)
 
@@ -176,7 +211,7 @@ def train_member(
     """Train a member, resuming from its last checkpoint, and write its files; returns its val
     accuracy and peak memory.
     """
-    model = new_network(job.model, spec, keyed_seed(job.seed, "pool_network", member))
+    model = new_network(job.pool.model(member), spec, keyed_seed(job.seed, "pool_network", member))
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     record = _Record(job, member, model)
 
@@ -216,8 +251,8 @@ class _Record:
 
     def __init__(self, job: PretrainJob, member: int, model: Any) -> None:
         self.job, self.member, self.model = job, member, model
-        self.metrics = metrics_path(job.directory, member)
-        self.checkpoint = job.directory / f"training-{member:03d}.safetensors"
+        self.metrics = metrics_path(job.pool.directory, member)
+        self.checkpoint = job.pool.directory / f"training-{member:03d}.safetensors"
         self.state = load(self.checkpoint.read_bytes()) if self.checkpoint.exists() else None
         done = 0 if self.state is None else int(self.state["epoch"])
         self.rows = [row for row in read_rows(self.metrics) if row["epoch"] < done]
@@ -236,7 +271,7 @@ class _Record:
         self.rows.append({**row, "pretrain/accuracy": epoch.accuracy})
         # The first and last weights are in the member's own file.
         if epoch.epoch + 1 in self.job.config.snapshot_epochs[1:-1]:
-            path = snapshot_path(self.job.directory, self.member, epoch.epoch + 1)
+            path = snapshot_path(self.job.pool.directory, self.member, epoch.epoch + 1)
             write_atomic(path, save(contiguous(self.model.state_dict())))
 
     def save(self, state: State) -> None:
@@ -250,5 +285,5 @@ class _Record:
         """Write the member and its final metrics; remove the checkpoint."""
         self.rows[-1] |= last
         append_rows(self.metrics, self.rows, fresh=True)
-        write_atomic(member_path(self.job.directory, self.member), member)
+        write_atomic(member_path(self.job.pool.directory, self.member), member)
         self.checkpoint.unlink(missing_ok=True)

@@ -17,8 +17,9 @@ from pipeline.errors import UsageError
 from pipeline.graph import log
 from pipeline.runtime.files import Manifest, write_atomic
 from pipeline.runtime.identity import fingerprint
-from pipeline.stages.network_stage import NetworkStage, check_model, evaluation_task
+from pipeline.stages.network_stage import NetworkStage, evaluation_task
 from pipeline.stages.networks import EvaluationTask, SetName
+from pipeline.stages.pretrain import check_model
 
 SEARCH_PROXY_VERSION = 1
 """Raise when this stage's results change; see tests/integration/test_golden.py."""

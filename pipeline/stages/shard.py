@@ -5,7 +5,6 @@ parallel. Names and bytes depend only on the source and the configuration, so ex
 kept.
 """
 
-import dataclasses
 import json
 import logging
 import pickle
@@ -86,10 +85,8 @@ MOST_IMAGES, FEWEST_IMAGES = 4000, 200  # per Ray task: about 10 s and 0.5 s
 
 
 def shard_identity(source: Source, config: ShardConfig) -> str:
-    """Fingerprint of everything the shards depend on; max_bad is not part of it."""
-    return fingerprint(
-        "shard", SHARD_VERSION, source.fingerprint(), dataclasses.replace(config, max_bad=0.0)
-    )
+    """Fingerprint of everything the shards depend on."""
+    return fingerprint("shard", SHARD_VERSION, source.fingerprint(), config)
 
 
 def plan(source: Source, samples_per_shard: int) -> list[ShardTask]:

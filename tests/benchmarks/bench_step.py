@@ -41,6 +41,7 @@ from ncfm.backend.features import FeatureExtractor
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
 from ncfm.frequencies import FrequencyConfig
+from ncfm.image_optimizer import ImageOptimizer
 from ncfm.images import ImageSpec
 from ncfm.matching import Match
 from ncfm.models import Classifier, ModelConfig, build_model
@@ -275,7 +276,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "psi's step": (Distiller, "_step_psi"),
     "sampling frequencies": (Distiller, "_frequencies"),
     "blending the weights": (ExtractorPool, "blend"),
-    "the images' optimizer step": (Distiller, "_step_images"),
+    "the images' optimizer step": (ImageOptimizer, "step"),
 }
 
 

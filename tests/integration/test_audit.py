@@ -14,7 +14,7 @@ from upath import UPath
 
 import ncfm
 from ncfm.models import ModelConfig
-from pipeline.data.pool import member_path, new_network, pack_member
+from pipeline.data.pool import Pool, member_path, new_network, pack_member
 from pipeline.data.store import Store
 from pipeline.runtime.workers import Workers
 from pipeline.stages.audit import AUDIT_VERSION, AuditConfig, audit, summarise
@@ -36,7 +36,7 @@ def job(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Au
     return AuditJob(
         store=store,
         distilled=UPath(tiny[1] / "distilled"),
-        extractors=((model, pool),),
+        extractors=(Pool(directory=pool, models=(model,), networks=1),),
         config=AUDIT,
         ipc=1,
         factor=2,

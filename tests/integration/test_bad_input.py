@@ -84,20 +84,25 @@ def animated(path: Path) -> None:
     image(path, frames[0], save_all=True, append_images=frames[1:], format="GIF")
 
 
+def write_png(path: Path, side: int, bits: int, kind: int, data: bytes) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(data))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + pixels + chunk(b"IEND", b""))
+
+
 def bomb(path: Path) -> None:
     """A PNG that says to be 30 000 x 30 000 px, in some bytes."""
+    write_png(path, 30_000, 8, 2, bytes(1000))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        crc = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + head
-        + chunk(b"IDAT", zlib.compress(bytes(1000)))
-        + chunk(b"IEND", b"")
-    )
+def sixteen_bits_each(path: Path, kind: int, *channels: int) -> None:
+    """Of a kind of PNG (2: RGB, 4: grey with alpha, 6: RGBA), which Pillow does not write."""
+    row = b"\0" + struct.pack(f">{len(channels)}H", *(value * 257 for value in channels)) * 16
+    write_png(path, 16, 16, kind, row * 16)
 
 
 def truncated(path: Path) -> None:
@@ -137,6 +142,10 @@ CASES = [
     Case("html.jpg", lambda path: path.write_text("<html>404" * 99), "UnidentifiedImageError"),
     Case("cmyk.jpg", lambda path: image(path, halves("CMYK"), quality=100), "", RED, BLUE),
     Case("sixteen.png", sixteen_bits, "", (200, 200, 200)),
+    Case("sixteen-rgb.png", lambda p: sixteen_bits_each(p, 2, *RED), "", RED),
+    Case("sixteen-grey-alpha.png", lambda p: sixteen_bits_each(p, 4, 90, 255), "", (90, 90, 90)),
+    Case("sixteen-alpha.png", lambda p: sixteen_bits_each(p, 6, *RED, 0), "", (255, 255, 255)),
+    Case("grey-alpha.png", lambda p: image(p, Image.new("LA", (8, 8), (9, 255))), "", (9, 9, 9)),
     Case("palette.png", lambda path: image(path, halves("P")), "", RED, BLUE),
     Case("grey.png", lambda path: image(path, Image.new("L", (16, 16), 9)), "", (9, 9, 9)),
     Case("bits.png", lambda path: image(path, Image.new("1", (16, 16), 1)), "", (255,) * 3),

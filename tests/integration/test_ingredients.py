@@ -1,4 +1,6 @@
-"""Trajectories, chosen images and a psi between classes together, in one process without Ray."""
+"""Trajectories of two architectures, chosen images and a psi between classes together, in one
+process without Ray.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -12,6 +14,7 @@ from upath import UPath
 from ncfm.train import TrainConfig
 from pipeline.cli import parse_command
 from pipeline.config import RunConfig
+from pipeline.data.pool import Pool
 from pipeline.data.shards import ShardConfig
 from pipeline.data.store import Store
 from pipeline.observe.progress import read_rows
@@ -23,6 +26,7 @@ from pipeline.stages.pretrain import PretrainJob, pretrain_member
 OPTIONS = [
     *("--shard.image_size", "16", "--model.depth", "2", "--model.width", "16", "--ipc", "2"),
     *("--pretrain.networks", "2", "--pretrain.training.epochs", "4"),
+    *("--pretrain.models", '["convnet", "timm/test_resnet"]'),
     *("--pretrain.snapshot_every", "2", "--distill.num_steps", "6", "--distill.real_batch", "20"),
     *("--distill.extractor", "snapshot_blend", "--distill.calibration_ahead", "[0,2]"),
     *("--distill.easy_fraction", "0.5", "--synthetic.choose", "spread"),
@@ -31,6 +35,11 @@ OPTIONS = [
     *("--frequencies.per_network", "true", "--frequencies.num_freqs", "64"),
     *("--frequencies.num_components", "4"),
 ]
+
+
+def pool_of(config: RunConfig, directory: Path) -> Pool:
+    models = tuple(config.model.named(name) for name in config.pretrain.models)
+    return Pool(directory=UPath(directory), models=models, networks=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Store,
     pool.mkdir()
     job = PretrainJob(
         store=store,
-        directory=UPath(pool),
-        model=config.model,
+        pool=pool_of(config, pool),
         config=config.pretrain,
         seed=config.seed,
     )
@@ -63,12 +71,10 @@ def loop(trained: tuple[RunConfig, Store, Path], folder: Path, **changes: Any) -
     return Loop(
         DistillJob(
             store=store,
-            pool=UPath(pool),
-            networks=2,
+            pool=pool_of(config, pool),
             snapshot_epochs=config.pretrain.snapshot_epochs,
             checkpoints=UPath(folder / "checkpoints"),
             metrics=UPath(folder / "metrics.jsonl"),
-            model=config.model,
             augment=config.augment,
             runtime=config.runtime,
             ipc=config.ipc,
@@ -159,9 +165,7 @@ def test_a_network_learns_from_labels_of_every_view(
             identity="some",
             store=store,
             distilled=UPath(tmp_path),
-            pool=UPath(pool),
-            pool_model=config.model,
-            networks=2,
+            pool=pool_of(config, pool),
             curate=dataclasses.replace(config.curate, **curate),
             model=config.model,
             training=TrainConfig(epochs=4, batch_size=4),

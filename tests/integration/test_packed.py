@@ -65,7 +65,7 @@ def test_an_archive_reads_as_its_folder(tmp_path: Path, suffix: str) -> None:
 def test_a_damaged_archive_leaves_nothing(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
     archive = Path(shutil.make_archive(str(tmp_path / "data/set"), "gztar", tree))
-    archive.write_bytes(archive.read_bytes()[:-200])
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(SourceError, match=r"cannot unpack .*set\.tar\.gz"):
         opened(archive)
     assert [entry.name for entry in archive.parent.iterdir()] == [archive.name]

@@ -28,6 +28,7 @@ from pipeline.data.sources.folder import FolderSource
 from pipeline.data.store import Store
 from pipeline.errors import SourceError
 from pipeline.runtime.files import Manifest
+from pipeline.runtime.identity import fingerprint
 from pipeline.stages.shard import (
     FEWEST_IMAGES,
     MOST_IMAGES,
@@ -357,22 +358,51 @@ def test_other_libraries_read_the_shards(
             np.testing.assert_array_equal(pixels, images[k].permute(1, 2, 0))
 
 
+def stored(image: Image.Image, size: int, channels: int = 3, fit: str = "crop") -> Image.Image:
+    return square(image, ShardConfig(image_size=size, channels=channels, fit=fit))
+
+
 def test_square_is_resize_and_centre_crop() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     expected = TF.center_crop(TF.resize(image, [30]), [30])  # short side 90 -> 30, long 150 -> 50
-    np.testing.assert_array_equal(square(image, 30, 3), expected)
-    np.testing.assert_array_equal(square(image.crop((0, 0, 90, 90)), 90, 3), noise[:, :90])
+    np.testing.assert_array_equal(stored(image, 30), expected)
+    np.testing.assert_array_equal(stored(image.crop((0, 0, 90, 90)), 90), noise[:, :90])
     # Without antialiasing the resized noise would keep its contrast.
-    assert np.asarray(square(image, 15, 3)).std() < 0.5 * noise.std()
-    grey = square(image, 30, 1)
+    assert np.asarray(stored(image, 15)).std() < 0.5 * noise.std()
+    grey = stored(image, 30, 1)
     assert grey.mode == "L"
-    assert np.ptp(np.asarray(square(grey, 30, 3)), axis=-1).max() == 0
+    assert np.ptp(np.asarray(stored(grey, 30)), axis=-1).max() == 0
 
 
-def test_square_takes_any_shape() -> None:
+@pytest.mark.parametrize("wide", [True, False])
+def test_padded_and_stretched_images_are_whole(wide: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 150, 3), dtype=np.uint8)
+    image = Image.fromarray(noise if wide else noise.transpose(1, 0, 2))
+    stretched = TF.resize(image, [30, 30])
+    np.testing.assert_array_equal(stored(image, 30, fit="stretch"), stretched)
+    shape = [12, 30] if wide else [30, 12]  # in the middle of 30 x 30
+    expected = TF.pad(TF.resize(image, shape), [0, 9] if wide else [9, 0])
+    np.testing.assert_array_equal(stored(image, 30, fit="pad"), expected)
+    for fit in ("crop", "pad", "stretch"):  # a square has nothing to fit
+        np.testing.assert_array_equal(stored(stretched, 30, fit=fit), stretched)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+def test_square_takes_any_shape(fit: str) -> None:
     for size in ((1, 1), (1, 30_000), (30_000, 2), (5, 7)):
-        assert square(Image.new("L", size, 77), 8, 3).getcolors() == [(64, (77, 77, 77))]
+        colours = dict(map(reversed, stored(Image.new("L", size, 77), 8, fit=fit).getcolors()))
+        bars = 0 if fit != "pad" else 64 - 8 * max(1, round(8 * min(size) / max(size)))
+        assert colours == {(77, 77, 77): 64 - bars} | ({(0, 0, 0): bars} if bars else {})
+
+
+def test_an_identity_has_what_the_shards_depend_on() -> None:
+    earlier = fingerprint(
+        {"image_size": 32, "channels": 3, "encoding": "png", "jpeg_quality": 95}
+        | {"shard_size": 1000, "shard_mib": 64, "max_bad": 0.0}
+    )
+    assert fingerprint(ShardConfig()) == fingerprint(ShardConfig(max_bad=0.5)) == earlier
+    assert fingerprint(ShardConfig(fit="pad")) != earlier
 
 
 def test_encodings_keep_the_pixels() -> None:
@@ -466,6 +496,7 @@ def test_shards_are_bounded_in_bytes() -> None:
         ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
         ({"max_bad": 1.5}, r"max_bad must be within \[0, 1\], got 1.5"),
         ({"jpeg_quality": 101}, "jpeg_quality must be 1 to 100, got 101"),
+        ({"fit": "squeeze"}, "fit must be one of crop, pad, stretch, got 'squeeze'"),
     ],
 )
 def test_wrong_options(options: dict[str, int], message: str) -> None:

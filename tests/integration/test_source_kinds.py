@@ -255,6 +255,26 @@ def test_classes_of_imagenet_bear_words(tmp_path: Path) -> None:
     assert clash.class_names == (*folders, "tench")  # no two classes of one name
 
 
+@pytest.mark.parametrize("kind", ["folder", "parquet without metadata", "webdataset cls"])
+def test_class_names_from_a_file(kind: str, tmp_path: Path) -> None:
+    image = png(Image.new("RGB", (4, 4)))
+    rows = [(split, label, image) for split in ("train", "val") for label in "ab"] * 2
+    WRITERS[kind](rows, tmp_path / "set")
+    names = tmp_path / "names.txt"
+    names.write_text("hot dog\n\nécureuil\n", encoding="utf-8")
+    config = {"kind": kind.split()[0], "path": str(tmp_path / "set")}
+    source = open_source(SourceConfig(class_names=str(names), **config))
+    assert source.class_names == ("hot dog", "écureuil")
+    listed = open_source(SourceConfig(class_names=["hot dog", "écureuil"], **config))
+    assert listed.class_names == source.class_names
+    assert listed.fingerprint() == source.fingerprint()
+    with pytest.raises(SourceError, match=r"nowhere\.txt"):
+        open_source(SourceConfig(class_names=str(tmp_path / "nowhere.txt"), **config))
+    if kind == "folder":
+        with pytest.raises(SourceError, match="has 1 names for the 2 class folders of"):
+            open_source(SourceConfig(class_names=["one"], **config))
+
+
 def test_titles_are_no_part_of_the_fingerprint() -> None:
     """So that what was made before a title was known is found again."""
     samples = [Sample(key, label, key) for label, key in enumerate("abcd")]

@@ -333,7 +333,9 @@ class TestPrecision:
             make_state(100 + index)["conv.weight"], beta
         )
         double.pool.blend(index, beta)
-        torch.testing.assert_close(double.pool.model.state_dict()["conv.weight"].float(), expected)
+        torch.testing.assert_close(
+            double.pool.models[0].state_dict()["conv.weight"].float(), expected
+        )
 
     def test_bfloat16_is_the_extractor_s_alone(self) -> None:
         """Images, psi and losses are float32; the losses are those of float32 to three digits."""
@@ -346,14 +348,16 @@ class TestPrecision:
             assert float(metrics[1][name]) == pytest.approx(float(value), rel=1e-2)
             assert not torch.equal(metrics[1][name], value)  # negative control
         assert {v.dtype for k, v in low.state_dict().items() if k != "step"} == {torch.float32}
-        weight = low.pool.model.state_dict()["conv.weight"]
+        weight = low.pool.models[0].state_dict()["conv.weight"]
         assert weight.dtype == torch.bfloat16
         index, beta = low.pool.draw(keyed_generator(7, "extractor", 0))
         low.pool.blend(index, beta)
         expected = make_state(index)["conv.weight"].lerp(
             make_state(100 + index)["conv.weight"], beta
         )
-        torch.testing.assert_close(low.pool.model.state_dict()["conv.weight"], expected.bfloat16())
+        torch.testing.assert_close(
+            low.pool.models[0].state_dict()["conv.weight"], expected.bfloat16()
+        )
 
     def test_compiled_bfloat16_is_the_same_whoever_has_the_other_classes(self) -> None:
         if not can_compile("cpu"):
@@ -410,7 +414,7 @@ class TestExtractors:
         config = dataclasses.replace(EVERYTHING, blend=blend, calibration=0.0)
         distiller = make(**without_psi(config))
         run(distiller, 1)
-        weight = distiller.pool.model.state_dict()["conv.weight"]
+        weight = distiller.pool.models[0].state_dict()["conv.weight"]
         assert any(torch.equal(weight, make_state(offset + i)["conv.weight"]) for i in range(3))
 
     def test_blend_is_the_lerp_of_weights_and_buffers(self) -> None:
@@ -424,7 +428,7 @@ class TestExtractors:
         distiller = make()
         run(distiller, 1)
         assert all(
-            p.grad is None and not p.requires_grad for p in distiller.pool.model.parameters()
+            p.grad is None and not p.requires_grad for p in distiller.pool.models[0].parameters()
         )
 
     def test_an_empty_pool_is_refused(self) -> None:

@@ -84,7 +84,7 @@ def test_gradients_reach_the_images_and_not_the_weights(images: Tensor) -> None:
     pool.blend(0, 0.5).features(x).square().sum().backward()
     assert x.grad is not None
     assert (x.grad.flatten(1).abs().amax(1) > 0).all()
-    assert all(p.grad is None and not p.requires_grad for p in pool.model.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in pool.models[0].parameters())
 
 
 def test_the_statistics_of_batch_norm_are_the_blends_not_the_batchs(images: Tensor) -> None:

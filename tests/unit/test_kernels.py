@@ -185,7 +185,7 @@ def test_not_a_number_shows() -> None:
 def test_follow_every_blend() -> None:
     states = [(network(seed=i).state_dict(), network(seed=10 + i).state_dict()) for i in range(2)]
     pool = ExtractorPool(network(), states)
-    frozen(pool.model)
+    frozen(pool.models[0])
     features = pool.native_features()
     assert features is not None
     images, slope = torch.randn(2, 3, 16, 16), torch.ones(2, 512)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, instance_norm, pad
 
 from ncfm.models import Classifier, ModelConfig, build_model
-from ncfm.models.from_torchvision import TorchvisionClassifier, torchvision_names
 from ncfm.models.layers import WIDEST_PRODUCT, AveragePool, norm_layer
+from ncfm.models.libraries import LibraryClassifier, torchvision_names
 
 NAMES = ("convnet", "alexnet", "vgg11", "resnet18")
 SIZES = (28, 32, 64, 96, 128, 224)
@@ -445,7 +445,7 @@ def test_every_torchvision_classifier_is_built_or_refused_by_name() -> None:
     refused = []
     for name in torchvision_names():
         try:
-            TorchvisionClassifier(name=name, num_classes=10, channels=3, image_size=32)
+            LibraryClassifier(name=name, num_classes=10, channels=3, image_size=32)
         except ValueError as error:
             assert name in str(error)  # noqa: PT017
             refused.append(name)

@@ -13,6 +13,7 @@ from ncfm.images import ImageSpec
 from ncfm.models import ModelConfig
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
+from pipeline.data.pool import Pool
 from pipeline.stages.networks import EvaluationTask, SetName
 
 SPEC = ImageSpec(
@@ -36,9 +37,7 @@ def test_a_distilled_set_is_of_the_tasks_classes(
         identity="",
         store=store,
         distilled=UPath(tmp_path),
-        pool=UPath(tmp_path),
-        pool_model=ModelConfig(),
-        networks=1,
+        pool=Pool(directory=UPath(tmp_path), models=(ModelConfig(),), networks=1),
         curate=CurateConfig(),
         model=ModelConfig(),
         training=TrainConfig(),

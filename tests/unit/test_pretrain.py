@@ -12,7 +12,7 @@ from ncfm.images import ImageSpec, InMemoryImages
 from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.train import EpochReport, TrainConfig, train
-from pipeline.data.pool import load_trajectory, member_path, new_network
+from pipeline.data.pool import Pool, load_trajectory, member_path, new_network
 from pipeline.observe.progress import read_rows
 from pipeline.stages.pretrain import PretrainConfig, PretrainJob, train_member
 
@@ -39,8 +39,7 @@ def job(directory: Path, **changes: Any) -> PretrainJob:
     directory.mkdir(exist_ok=True)
     return PretrainJob(
         store=None,  # type: ignore[arg-type] # of the loop around it
-        directory=UPath(directory),
-        model=ModelConfig(depth=2, width=8),
+        pool=Pool(directory=UPath(directory), models=(ModelConfig(depth=2, width=8),), networks=2),
         config=dataclasses.replace(config, **changes),
         seed=3,
         checkpoint_every_s=0,
@@ -72,10 +71,10 @@ def test_the_epochs_of_snapshots(every: int, expected: tuple[int, ...]) -> None:
 def test_snapshots_are_the_weights_after_their_epochs(tmp_path: Path) -> None:
     made = job(tmp_path / "pool")
     assert train_it(made) == [0, 1, 2, 3, 4]
-    trajectory = load_trajectory(made.directory, 1, made.config.snapshot_epochs)
+    trajectory = load_trajectory(made.pool.directory, 1, made.config.snapshot_epochs)
     assert len(trajectory) == 4
     expected = {}
-    model = new_network(made.model, SPEC, keyed_seed(3, "pool_network", 1))
+    model = new_network(made.pool.model(1), SPEC, keyed_seed(3, "pool_network", 1))
     expected[0] = {k: v.clone() for k, v in model.state_dict().items()}
 
     def keep(epoch: EpochReport) -> None:
@@ -93,16 +92,16 @@ def test_a_member_that_was_cut_off_goes_on_exactly(tmp_path: Path) -> None:
     train_it(whole)
     with pytest.raises(KilledError):
         train_it(cut, killed_in=2)
-    assert not member_path(cut.directory, 1).exists()
+    assert not member_path(cut.pool.directory, 1).exists()
     assert train_it(cut) == [2, 3, 4]  # two epochs had been saved
-    trajectories = [load_trajectory(j.directory, 1, (0, 2, 4, 5)) for j in (whole, cut)]
+    trajectories = [load_trajectory(j.pool.directory, 1, (0, 2, 4, 5)) for j in (whole, cut)]
     for one, other in zip(*trajectories, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
-    rows = [read_rows(j.directory / "metrics-001.jsonl") for j in (whole, cut)]
+    rows = [read_rows(j.pool.directory / "metrics-001.jsonl") for j in (whole, cut)]
     assert [row["epoch"] for row in rows[1]] == [0, 1, 2, 3, 4]
     for key in ("pretrain/loss", "pretrain/accuracy", "pretrain/val_accuracy"):
         assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
-    names = sorted(path.name for path in cut.directory.iterdir())
+    names = sorted(path.name for path in cut.pool.directory.iterdir())
     assert names == [  # and no checkpoint any more
         *("metrics-001.jsonl", "network-001.safetensors"),
         *("snapshot-001-0002.safetensors", "snapshot-001-0004.safetensors"),
@@ -112,11 +111,11 @@ def test_a_member_that_was_cut_off_goes_on_exactly(tmp_path: Path) -> None:
 def test_without_snapshots_there_are_two_states(tmp_path: Path) -> None:
     made = job(tmp_path / "pool", snapshot_every=0)
     train_it(made)
-    assert [path.name for path in sorted(made.directory.iterdir())] == [
+    assert [path.name for path in sorted(made.pool.directory.iterdir())] == [
         *("metrics-001.jsonl", "network-001.safetensors"),
     ]
     other = job(tmp_path / "other")
     train_it(other)
-    both = [load_trajectory(j.directory, 1, (0, 5)) for j in (made, other)]
+    both = [load_trajectory(j.pool.directory, 1, (0, 5)) for j in (made, other)]
     for one, same in zip(*both, strict=True):  # and snapshots do not change what is trained
         assert all(torch.equal(value, same[name]) for name, value in one.items())

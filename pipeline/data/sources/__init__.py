@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
+from upath import UPath
+
 from pipeline.data.sources.source import (
     SPLITS,
     Found,
@@ -109,13 +111,22 @@ class SourceConfig:
     label: str | None = None
     """parquet, hf: the label column; webdataset: the label's field in the json. Default: label, and
     for parquet and hf a ClassLabel column or other usual names."""
-    class_names: list[str] | None = None
-    """parquet, hf, webdataset: names of the integer labels 0, 1, ..., if the data have none."""
+    class_names: list[str] | str | None = None
+    """folder, parquet, hf, webdataset: names of the classes 0, 1, ..., for a folder in the order of
+    its class folders; or the path of a text file with one in each line."""
     val_fraction: float = 0.1
     """Fraction of each class held out as val, if the source has no val split."""
     selection_fraction: float = 0.0
     """Fraction of each training class held out as `select`, for choosing hyperparameters, which
     must not be chosen on val; a search needs it."""
+
+    @property
+    def names(self) -> list[str] | None:
+        """The class names, from their file if they are in one. Raises OSError if it fails."""
+        if not isinstance(self.class_names, str):
+            return self.class_names
+        lines = UPath(self.class_names).expanduser().read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:

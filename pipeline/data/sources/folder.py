@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.data.sources import SourceConfig
 
 PATH = "a directory with train/<class>/ and val/<class>/, or an archive"
-OPTIONS = ("subset", "name")
+OPTIONS = ("subset", "name", "class_names")
 
 
 class FolderSource(SampleList):
@@ -32,9 +32,9 @@ class FolderSource(SampleList):
     test/), or only <class>/.
 
     Classes are the sorted folder names, or those of `subset` in its order; ImageNet classes with
-    known names are called by them instead of n01440764. A key is the path below the root. Kaggle's
-    layout of ImageNet, with a flat val/ and a label file, is supported, and the authors' layout of
-    Tiny ImageNet, with val/val_annotations.txt and words.txt.
+    known names are called by them instead of n01440764, and all by `class_names` if given. A key is
+    the path below the root. Kaggle's layout of ImageNet, with a flat val/ and a label file, is
+    supported, and the authors' layout of Tiny ImageNet, with val/val_annotations.txt and words.txt.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class FolderSource(SampleList):
         selection_fraction: float = 0.0,
         *,
         subset: str | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
+        self._class_names = class_names
         self.root = root.expanduser().absolute() if isinstance(root, Path) else root
         if not self.root.is_dir():
             raise SourceError(
@@ -95,6 +97,13 @@ class FolderSource(SampleList):
         if val_part and not val:
             val = self._flat(val_part, self._flat_labels(val_part), list(names), versions)
         titles = {**_imagenet()[1], **self._words()}
+        if self._class_names is not None:
+            if len(self._class_names) != len(names):
+                raise SourceError(
+                    f"source.class_names has {len(self._class_names)} names for the {len(names)} "
+                    f"class folders of {base}"
+                )
+            titles = dict(zip(names.values(), self._class_names, strict=True))
         return Found(list(names.values()), train, val, versions, titles=titles)
 
     def _list(self, part: str, folders: Sequence[str], versions: list[object]) -> list[Sample]:
@@ -199,4 +208,4 @@ def open_source(config: "SourceConfig") -> SampleList:
 
         return open_torchvision(replace(config, kind="torchvision", name=name, path=str(root)))
     fractions = (config.val_fraction, config.selection_fraction)
-    return FolderSource(root, *fractions, subset=config.subset)
+    return FolderSource(root, *fractions, subset=config.subset, class_names=config.names)

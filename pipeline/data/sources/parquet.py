@@ -38,7 +38,7 @@ class ParquetSource(SampleList):
         assert config.path is not None
         train, val = split_files(config.path, config.val_path, ".parquet")
         self._columns: tuple[str | None, str | None] = (config.image, config.label)
-        self._names: Sequence[str] | None = config.class_names
+        self._names: Sequence[str] | None = config.names
         parts = [None if part is None else self._list(part) for part in (train, val)]
         versions = [[file.name, version or file.version] for file in [*train, *(val or [])]]
         contents = sort_labels(

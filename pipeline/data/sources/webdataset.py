@@ -155,5 +155,5 @@ def open_source(config: "SourceConfig") -> WebDatasetSource:
         config.selection_fraction,
         val_path=config.val_path,
         label=config.label,
-        class_names=config.class_names,
+        class_names=config.names,
     )

@@ -16,6 +16,7 @@ from upath import UPath
 
 from ncfm.distill import NonFiniteLossError
 from ncfm.evaluate import train_and_test
+from ncfm.models import ModelConfig
 from ncfm.seeding import keyed_seed
 from ncfm.synthetic import SyntheticSet
 from ncfm.train import TrainConfig
@@ -46,6 +47,7 @@ class TrialJob:
     directory: UPath
     distill: DistillJob
     rungs: tuple[int, ...]  # steps
+    model: ModelConfig  # of the networks that are trained on the set
     training: TrainConfig
     repeats: int
 
@@ -108,7 +110,7 @@ class TrialJob:
                 synthetic.source(device=device),
                 held_out,
                 spec,
-                model=job.model,
+                model=self.model,
                 training=self.training,
                 seed=keyed_seed(job.seed, "tune", repeat),
                 device=device,
@@ -180,6 +182,7 @@ class SweepJob:
             directory=directory,
             distill=job,
             rungs=rungs,
+            model=config.model,
             training=training,
             repeats=config.tune.repeats,
         )
