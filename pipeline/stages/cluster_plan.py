@@ -247,12 +247,13 @@ def time_figures(
     evaluated = TRAINING_PASSES * passed * decoded * config.evaluate.training.epochs
     whole = train * config.evaluate.whole_epochs * ("whole" in config.evaluate.sets)
     runs = math.ceil(config.evaluate.repeats / workers)
+    whole *= math.ceil(config.evaluate.runs("whole") / workers)
     times = {
         "step": (step, f"{passes:,.0f} passes of the busiest worker x FLOP / bandwidth-bound rate"),
         "pretraining": (rounds * epochs * train, f"{epochs} epochs x {rounds} networks in turn"),
         "distillation": (config.distill.num_steps * step, f"{config.distill.num_steps:,} steps"),
         "evaluation": (
-            runs * (evaluated * len(config.evaluate.sets) + whole),
+            runs * evaluated * len(config.evaluate.sets) + whole,
             f"{config.evaluate.training.epochs} epochs of {decoded:,} images a set, and `whole`",
         ),
     }

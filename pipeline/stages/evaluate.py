@@ -50,7 +50,7 @@ class Evaluate(NetworkStage):
             evaluation_task(self.run, name, repeat, model=model)
             for model in models
             for name in sets
-            for repeat in range(cfg.evaluate.repeats)
+            for repeat in range(cfg.evaluate.runs(name))
         ]
 
     def identity(self) -> str:

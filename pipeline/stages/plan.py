@@ -215,8 +215,9 @@ def _evaluated(config: "RunConfig", counts: list[int]) -> int:
     decoded = stored * config.synthetic.factor**2
     each = 2 * decoded + stored  # distilled, same-factor random, random
     each += stored * ("herding" in config.evaluate.sets) + decoded * config.curate.soft_labels
-    whole = config.evaluate.whole_epochs * sum(counts)
-    return config.evaluate.repeats * (config.evaluate.training.epochs * each + whole)
+    evaluate = config.evaluate
+    whole = evaluate.runs("whole") * evaluate.whole_epochs * sum(counts)
+    return evaluate.repeats * evaluate.training.epochs * each + whole
 
 
 def shard_bytes(config: "RunConfig", source: Source) -> int:

@@ -41,11 +41,18 @@ class EvaluateConfig:
     """Training on a small set; the defaults are the released code's."""
     whole_epochs: int = 60
     """Epochs on the whole training set."""
+    whole_repeats: int | None = None
+    """Networks trained on the whole training set. None: as many as on the others."""
+
+    def runs(self, name: str) -> int:
+        """Networks trained on a set."""
+        return (name == "whole" and self.whole_repeats) or self.repeats
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "whole_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("repeats", "whole_epochs", "whole_repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.sets or len(set(self.sets)) < len(self.sets):
             raise ValueError(f"sets must name one or more, each once, got {list(self.sets)}")
         if self.best_on_test_every < 0:

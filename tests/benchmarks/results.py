@@ -268,8 +268,9 @@ def cost_line(preset: str, text: str) -> str:
     sets = len(values["evaluate.sets"])
     whole = ("whole" in values["evaluate.sets"]) * values["evaluate.whole_epochs"] * images
     trained = values["pretrain.networks"] * values["pretrain.training.epochs"] * images
-    evaluated = values["evaluate.training.epochs"] * sets * decoded + whole
-    trained += values["evaluate.repeats"] * evaluated
+    repeats = values["evaluate.repeats"]
+    trained += repeats * values["evaluate.training.epochs"] * sets * decoded
+    trained += (values["evaluate.whole_repeats"] or repeats) * whole
     passes = 3.6 * trained + values["distill.num_steps"] * (real + 6 * decoded)
     hours = passes * PASS_S * PASSES[values["shard.image_size"]] / 3600
     cost = f"{hours:,.0f} hours" if hours < 72 else f"{float(f'{hours / 24:.2g}'):,.0f} days"

@@ -63,6 +63,10 @@ def test_more_repeats_are_added(tiny: tuple[Path, Path]) -> None:
     assert [row["accuracy"][:2] for row in more] == [row["accuracy"] for row in first]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list(results.glob("*.json"))) == len(before) + len(more)
+    fewer = stage(folder, directory, "evaluate", "--evaluate.whole_repeats", "1")["rows"]
+    runs = {row["set"]: len(row["accuracy"]) for row in fewer}
+    assert runs.pop("whole") == 1
+    assert set(runs.values()) == {2}
 
 
 def test_one_command_judges_many_networks(tiny: tuple[Path, Path]) -> None:
