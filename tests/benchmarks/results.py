@@ -192,6 +192,17 @@ def networks(group: Sequence[Row]) -> str:
     return f"{len(group)} x {len(group[0]['accuracy'])}, width {group[0]['width']}"
 
 
+def shared(options: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The options that all have, with the same values."""
+    first, *rest = options
+    return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in rest)}
+
+
+def listed(options: dict[str, Any]) -> str:
+    """Options as in a sentence."""
+    return ", ".join(f"`{name}={value}`" for name, value in options.items())
+
+
 def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
     """RESULTS.md."""
     parts = [
@@ -200,27 +211,30 @@ def results_page(rows: Sequence[Row], published: Sequence[Row]) -> str:
         "`pipeline/presets/results.jsonl`. Test accuracy in percent, of the last epoch, on the "
         "complete test set: mean ± standard error over distillation seeds, or over networks where "
         "there is one seed. *Sets x networks*: distillation seeds, and fresh networks each. "
-        "*Hours*: of pretraining, distillation and evaluation together, on all of the machine.",
+        "*Hours*: of pretraining, distillation and evaluation together, on all of the machine. "
+        "*Options*: those that differ from the defaults.",
     ]
     for data, ipc in sorted({(row["data"], row["ipc"]) for row in rows}):
         lines = [["set", "method", "accuracy %", "best on test %", "sets x networks", "steps",
                   "epochs", "hours", "options", "commit"]]  # fmt: skip
         mine = [row for row in rows if (row["data"], row["ipc"]) == (data, ipc)]
+        common = shared([row["options"] for row in mine])
         for group in sorted(groups(mine), key=mean_of, reverse=True):
             first = group[0]
-            options = ", ".join(f"`{name}={value}`" for name, value in first["options"].items())
+            own = {k: v for k, v in first["options"].items() if k not in common}
             lines.append([
-                first["set"], first["method"] or "ours", accuracy(group),
+                first["set"], (first["method"] or "ours") * first["set"].startswith("distilled"),
+                accuracy(group),
                 accuracy(group, "best_on_test") if "best_on_test" in first else "",
                 networks(group), f"{first['steps']:,}", f"{first['evaluation_epochs']:,}",
-                hours(group), options,
-                first["commit"][:9],
+                hours(group), listed(own), first["commit"][:9],
             ])  # fmt: skip
-        parts += [f"## {data}, {ipc} image{'s' * (ipc > 1)} per class", table(lines)]
+        parts.append(f"## {data}, {ipc} image{'s' * (ipc > 1)} per class")
+        parts += [f"All rows: {listed(common)}."] * bool(common) + [table(lines)]
         others = of_publications(published, data, ipc)
         if others:
-            listed = sorted(others, key=lambda row: -row["accuracy"])
-            texts = [f"{row['method']} {row['accuracy']:.1f}" for row in listed]
+            ordered = sorted(others, key=lambda row: -row["accuracy"])
+            texts = [f"{row['method']} {row['accuracy']:.1f}" for row in ordered]
             where = ", on the original images" * ("(" in data)
             parts.append(f"Published by their authors{where}: {', '.join(texts)}.")
     return "\n\n".join(parts) + "\n"
