@@ -262,7 +262,8 @@ def _tell_imbalance(names: Sequence[str], counts: Sequence[int]) -> None:
     if counts[many] >= 10 * counts[few]:
         logger.warning(
             "long-tailed: from %d train images (%s) to %d (%s) a class; every class has the same "
-            "weight in distillation",
+            "weight in distillation, and stores the same number of images unless "
+            "--ipc_allocation is proportional",
             counts[few],
             names[few],
             counts[many],
