@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from upath import UPath
 
+from ncfm.models import ModelConfig
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
 from pipeline.methods import method_settings
@@ -73,6 +74,7 @@ def parse_command(argv: Sequence[str]) -> Command:
     presets, options = _presets_first(options)
     parser = _parser([] if presets else [PRESETS / "builtin.toml"])
     given = parser.parse_args(options)
+    options = _with_named(parser, options, given, "model.name", _settings_of_model)
     options = _with_named(parser, options, given, "method", _settings_of_method)
     options = _with_named(parser, options, given, "evaluate.protocol", _settings_of_protocol)
     namespace = parser.parse_args(options)
@@ -82,6 +84,12 @@ def parse_command(argv: Sequence[str]) -> Command:
     settings = namespace.clone()
     settings.pop("config", None)
     return Command(stages, config, parser.dump(settings, skip_none=True))
+
+
+def _settings_of_model(name: str, _: Namespace) -> dict[str, Any]:
+    """A preset's depth and width are those of its ConvNet, not of another network."""
+    sizes = {f"model.{size}": getattr(ModelConfig, size) for size in ("depth", "width")}
+    return {} if ModelConfig(name=name).has_sizes else sizes
 
 
 def _settings_of_method(name: str, given: Namespace) -> dict[str, Any]:

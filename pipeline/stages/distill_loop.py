@@ -106,7 +106,7 @@ class Loop:
             job.store, self.group.classes, job.seed, device=self.context.device
         )
         if self.context.rank == 0:
-            warn_of_small_classes(job.matched_counts(), job.distill.real_batch)
+            warn_of_small_classes(job.matched_counts(), job.distill.real_batch, spec.class_names)
         workers = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
         self.hosts = [host for _, host in workers]
         self.writer = self._checkpoint_writer(attempt=workers[0][0])

@@ -150,6 +150,17 @@ def test_a_shell_completes_stages_options_and_their_words(
     assert {word.strip() for word in words} - {""} == expected
 
 
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t"])
+def test_a_presets_sizes_of_a_convnet_are_not_those_of_another_network(name: str) -> None:
+    """The command of the README, on the built-in preset, which sets a width."""
+    model = parse_command(["--model.name", name]).config.model
+    assert (model.name, model.width, model.depth) == (name, 128, None)
+    assert parse_command(["--model.name", "convnet"]).config.model.width == 64
+    assert parse_command(["--model.name", "ncfm.models.convnet.ConvNet"]).config.model.width == 64
+    with pytest.raises(UsageError, match=f"only convnet takes a width, got 32 for {name}"):
+        parse_command(["--model.width", "32", f"--model.name={name}"])
+
+
 METHODS = get_args(MethodName)
 
 

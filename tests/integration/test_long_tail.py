@@ -61,9 +61,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_set_and_all_that_shows_it(
-    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_set_and_all_that_shows_it(finished: tuple[Path, Path]) -> None:
     directory = finished[1]
     for name in ("initial", "distilled", "curated"):
         made = ncfm.load(directory / name)
@@ -143,6 +141,8 @@ def test_the_other_stages(
 ) -> None:
     folder, directory = finished
     usual = options(data)
+    stage(folder, directory, "shard", *usual)
+    assert "3 classes (head, middle, tail): 75 train, 12 val images" in capsys.readouterr().out
     audit = stage(folder, directory, "audit", *usual, "--audit.draws", "1", "--audit.samples", "9")
     images = dict.fromkeys(("distilled", "random_same_factor", "noise"), 60)
     # The tail has 3 train images for its 4 decoded ones, and each class 4 to hold out.
