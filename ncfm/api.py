@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ncfm.allocation import Allocation, allocate
 from ncfm.arrays import Images, as_arrays, spec_of
 from ncfm.augment import AugmentConfig
 from ncfm.distill import DistillConfig, Distiller
@@ -52,6 +53,8 @@ class Settings:
         default_factory=lambda: AugmentConfig(strategy="color_crop_cutout", single=False)
     )
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    ipc_allocation: Allocation = "equal"
+    """`equal`: ipc stored images of each class. `proportional`: see `ncfm.allocation`."""
 
 
 def distill(
@@ -88,14 +91,15 @@ def distill(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pixels, targets, names = as_arrays(images, labels, class_names)
     spec = spec_of(pixels, names)
-    counts = torch.bincount(targets, minlength=len(names))
-    if int(counts.min()) == 0:
-        raise ValueError(f"class {int(counts.argmin())} has no image; labels count from 0")
+    counts = torch.bincount(targets, minlength=len(names)).tolist()
+    if 0 in counts:
+        raise ValueError(f"class {counts.index(0)} has no image; labels count from 0")
+    ipcs = allocate(counts, ipc, settings.ipc_allocation)
     progress = _Progress(report)
     pool = _pool(InMemoryImages(pixels, targets), spec, model, settings, seed, device, progress)
     by_class = _matched_images(pixels, targets, pool, spec, settings.distill.easy_fraction)
     first = {
-        c: _initial_images(real, c, ipc, pool, spec, settings.synthetic, seed)
+        c: _initial_images(real, c, ipcs[c], pool, spec, settings.synthetic, seed)
         for c, real in by_class.items()
     }
     distiller = Distiller(
@@ -107,12 +111,11 @@ def distill(
         config=settings.distill,
         frequencies=settings.frequencies,
         augment=settings.augment,
-        num_classes=len(names),
         device=device,
     )
     _run(distiller, by_class, seed, progress)
     stored = torch.cat([distiller.images[c].detach().float().clamp(0, 1).cpu() for c in by_class])
-    of_class = torch.arange(len(names)).repeat_interleave(ipc)
+    of_class = torch.arange(len(names)).repeat_interleave(torch.tensor(ipcs))
     return SyntheticSet(stored, of_class, settings.synthetic.factor, spec, {"seed": seed})
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import sys
 import tomllib
@@ -9,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from upath import UPath
 
+from ncfm.models import ModelConfig
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
 from pipeline.methods import method_settings
@@ -71,6 +74,7 @@ def parse_command(argv: Sequence[str]) -> Command:
     presets, options = _presets_first(options)
     parser = _parser([] if presets else [PRESETS / "builtin.toml"])
     given = parser.parse_args(options)
+    options = _with_named(parser, options, given, "model.name", _settings_of_model)
     options = _with_named(parser, options, given, "method", _settings_of_method)
     options = _with_named(parser, options, given, "evaluate.protocol", _settings_of_protocol)
     namespace = parser.parse_args(options)
@@ -80,6 +84,12 @@ def parse_command(argv: Sequence[str]) -> Command:
     settings = namespace.clone()
     settings.pop("config", None)
     return Command(stages, config, parser.dump(settings, skip_none=True))
+
+
+def _settings_of_model(name: str, _: Namespace) -> dict[str, Any]:
+    """A preset's depth and width are those of its ConvNet, not of another network."""
+    sizes = {f"model.{size}": getattr(ModelConfig, size) for size in ("depth", "width")}
+    return {} if ModelConfig(name=name).has_sizes else sizes
 
 
 def _settings_of_method(name: str, given: Namespace) -> dict[str, Any]:
@@ -146,7 +156,27 @@ def _parser(defaults: list[Path]) -> ArgumentParser:
         help="a TOML preset; the default is the built-in photographs. Several: later ones win",
     )
     parser.add_class_arguments(RunConfig, None, fail_untyped=True)
+    if "_ARGCOMPLETE" in os.environ:
+        _offer_words(parser)
     return parser
+
+
+def _offer_words(parser: ArgumentParser) -> None:
+    """Complete the stages, and the words that an option may be, in a shell (argcomplete)."""
+    for action in parser._actions:
+        words = _words(getattr(action, "_typehint", None))
+        action.completer = lambda *, found=words, **_: found  # type: ignore[attr-defined]
+    parser.add_argument("stage", nargs="?", choices=(*STAGES, *EXTRA_STAGES, "compare"))
+
+
+def _words(hint: Any) -> list[str]:
+    """The words of a Literal or a bool, also within a union; none of other types."""
+    if hint is bool:
+        return ["true", "false"]
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    unions = (Union, UnionType)
+    return [w for one in get_args(hint) for w in _words(one)] if get_origin(hint) in unions else []
 
 
 class _Parser(ArgumentParser):

@@ -1,11 +1,13 @@
 """Configuration of a run, composed of the stages' own dataclasses."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from upath import UPath
 
+from ncfm.allocation import Allocation, allocate
 from ncfm.augment import AugmentConfig
 from ncfm.curation import CurateConfig
 from ncfm.distill import DistillConfig
@@ -41,6 +43,10 @@ class RunConfig:
     """Seed of all random draws of the run."""
     ipc: int = 1
     """Stored synthetic images per class."""
+    ipc_allocation: Allocation = "equal"
+    """`equal`: every class stores ipc images. `proportional`: ipc x classes images in all, dealt in
+    proportion to the train images of a class, at least one each: an image goes to the class with
+    the largest train / (stored + 1/2). The learning rates of a method are those of ipc."""
     method: MethodName | None = None
     """A published method: sets its hyperparameters in distill, frequencies, synthetic and augment,
     for this ipc and shard.image_size; other given options override them. dm: mean features of
@@ -109,6 +115,10 @@ class RunConfig:
         options = dotted(dataclasses.asdict(self))
         sizes = {"ipc": self.ipc, "image_size": self.shard.image_size}
         return method_changes(self.method, options, **sizes)
+
+    def stored(self, train: Sequence[int]) -> tuple[int, ...]:
+        """Stored images of each class, from the train images of each."""
+        return allocate(train, self.ipc, self.ipc_allocation)
 
     @property
     def storage(self) -> UPath:

@@ -68,7 +68,7 @@ class ModelConfig:
             raise ValueError(f"depth must be at least 1, got {self.depth}")
         if self.width < 1:
             raise ValueError(f"width must be at least 1, got {self.width}")
-        if self.name in FIXED or self.is_library:
+        if not self.has_sizes:
             if self.depth is not None:
                 raise ValueError(f"only convnet takes a depth, got {self.depth} for {self.name}")
             if self.width != ModelConfig.width:
@@ -83,6 +83,11 @@ class ModelConfig:
             if not path.is_file():
                 raise ValueError(f"weights must be a file, got {self.weights!r}")
             object.__setattr__(self, "weights", str(path))
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether depth and width are options of the network: of ConvNets and of one's own."""
+        return not (self.name in FIXED or self.is_library)
 
     @property
     def is_library(self) -> bool:

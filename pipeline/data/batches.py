@@ -123,13 +123,13 @@ class StoredImages:
         return torch.from_numpy(batch), torch.from_numpy(self._labels[slots])
 
 
-def warn_of_small_classes(counts: Sequence[int], size: int) -> None:
+def warn_of_small_classes(counts: Sequence[int], size: int, names: Sequence[str]) -> None:
     """Warn about classes that are smaller than a batch."""
     small = [c for c, count in enumerate(counts) if count < size]
     if small:
         least = min(small, key=counts.__getitem__)
         logger.warning(
-            "%d of %d classes are smaller than a batch of %d images (the smallest, class %d, "
+            "%d of %d classes are smaller than a batch of %d images (the smallest, %s, "
             "has %d): all their images are in every batch, each once",
-            len(small), len(counts), size, least, counts[least],
+            len(small), len(counts), size, names[least], counts[least],
         )  # fmt: skip

@@ -28,7 +28,7 @@ class Selection:
     spec: ImageSpec
     synthetic: SyntheticConfig
     distill: DistillConfig
-    ipc: int
+    ipc: tuple[int, ...]  # stored images of each class
     seed: int
     communicator: Communicator
     device: torch.device
@@ -47,7 +47,8 @@ class Selection:
     def initial_images(self, class_index: int) -> Tensor:
         """Initial synthetic images of a class, (ipc, C, H, W)."""
         images, allowed = self.batches.images(class_index), self.batches.allowed(class_index)
-        needed = min(self.synthetic.real_images_needed(self.ipc), len(allowed))
+        ipc = self.ipc[class_index]
+        needed = min(self.synthetic.real_images_needed(ipc), len(allowed))
         chosen = torch.zeros(needed, dtype=torch.int64)
         if self.communicator.member == 0:
             chosen = first_images(
@@ -62,7 +63,7 @@ class Selection:
             )
         real = images[self._agreed(chosen).to(images.device)]
         noise = keyed_generator(self.seed, "init_noise", class_index)
-        return initial_images(real, self.ipc, self.synthetic, noise)
+        return initial_images(real, ipc, self.synthetic, noise)
 
     def _agreed(self, chosen: Tensor) -> Tensor:
         """The selection of the group's first member; the others pass zeros."""

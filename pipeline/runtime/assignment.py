@@ -34,11 +34,16 @@ class ClassCost:
         return cls(shared=real, own=synthetic * SYNTHETIC_PASSES * (1 + calibrated))
 
 
-def step_costs(config: DistillConfig, synthetic: int, counts: Sequence[int]) -> list[ClassCost]:
-    """Cost per class of a step with these train images and so many decoded synthetic images."""
-    matched = (easy_count(n, config.easy_fraction) for n in counts)
+def step_costs(
+    config: DistillConfig, factor: int, stored: Sequence[int], train: Sequence[int]
+) -> list[ClassCost]:
+    """Cost per class of a step, from the stored and the train images of each class."""
+    matched = (easy_count(n, config.easy_fraction) for n in train)
     real = (min(n, config.real_batch) for n in matched)
-    return [ClassCost.of(n, synthetic, calibrated=config.calibration > 0) for n in real]
+    return [
+        ClassCost.of(n, factor**2 * images, calibrated=config.calibration > 0)
+        for n, images in zip(real, stored, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

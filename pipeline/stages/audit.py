@@ -13,6 +13,7 @@ from torch import Tensor
 from upath import UPath
 
 from ncfm import load
+from ncfm.allocation import shared_or_each
 from ncfm.discrepancy import CFSums, cf_from_sums
 from ncfm.fidelity import (
     Moments,
@@ -112,6 +113,10 @@ class Audit(Stage):
         names = self.config.audit.networks or (self.config.model.name,)
         return [UnseenExtractor(self.run, named_model(self.run, name)) for name in names]
 
+    @property
+    def _ipc(self) -> tuple[int, ...]:
+        return self.config.stored(self.run.stage(Shard).store.counts("train"))
+
     def identity(self) -> str:
         """See Stage."""
         cfg = self.config
@@ -123,7 +128,7 @@ class Audit(Stage):
             self.run.stage(Distill).content(),
             [extractor.directory.name for extractor in self._extractors],
             cfg.audit,
-            [cfg.ipc, cfg.synthetic.factor, cfg.seed],
+            [shared_or_each(self._ipc), cfg.synthetic.factor, cfg.seed],
         )
 
     def build(self) -> Manifest:
@@ -134,7 +139,7 @@ class Audit(Stage):
             distilled=self.run.directory / "distilled",
             extractors=tuple(each.pool for each in self._extractors),
             config=cfg.audit,
-            ipc=cfg.ipc,
+            ipc=self._ipc,
             factor=cfg.synthetic.factor,
             seed=cfg.seed,
         )

@@ -36,7 +36,7 @@ class AuditJob:
     distilled: UPath
     extractors: tuple[Pool, ...]  # the first network of each
     config: "AuditConfig"
-    ipc: int
+    ipc: tuple[int, ...]  # stored images of each class
     factor: int
     seed: int
 
@@ -44,49 +44,52 @@ class AuditJob:
         """(set, draw, images): the distilled set, and reference sets of its decoded size."""
         synthetic = load(self.distilled)
         yield "distilled", 0, synthetic.source()
-        spec, each = self.store.spec, self.ipc * self.factor**2
+        spec, each = self.store.spec, [n * self.factor**2 for n in self.ipc]
         classes = range(spec.num_classes)
         train = ClassBatches(self.store, classes, self.seed)
         val = ClassBatches(self.store, classes, self.seed, split="val")
         counts = self.store.counts("val")
         for draw in range(self.config.draws):
-            random = [train.batch(c, draw, each, purpose="audit_random") for c in classes]
+            random = [train.batch(c, draw, each[c], purpose="audit_random") for c in classes]
             yield "random", draw, InMemoryImages(*_labelled(random))
             packed = [
-                random_set(images, self.ipc, seed=self.seed, class_index=c, factor=self.factor)
+                random_set(images, self.ipc[c], seed=self.seed, class_index=c, factor=self.factor)
                 for c, images in enumerate(random)
             ]
             stored, labels = _labelled(packed)
             same_factor = SyntheticSet(stored, labels, self.factor, spec)
             yield "random_same_factor", draw, same_factor.source()
             real = [
-                val.batch(c, draw, each, purpose="audit_held_out")
+                val.batch(c, draw, each[c], purpose="audit_held_out")
                 if counts[c]
                 else torch.empty(0, spec.channels, spec.image_size, spec.image_size).byte()
                 for c in classes
             ]
             yield "held_out", draw, InMemoryImages(*_labelled(real))
             generator = keyed_generator(self.seed, "audit_noise", draw)
-            noise = torch.rand((each, *synthetic.images.shape[1:]), generator=generator)
-            yield "noise", draw, SameForAll(noise, spec.num_classes)
+            noise = torch.rand((max(each), *synthetic.images.shape[1:]), generator=generator)
+            yield "noise", draw, SameForAll(noise, each)
 
 
 @dataclass(frozen=True)
 class SameForAll:
-    """An ImageSource with the same images for every class, stored once."""
+    """An ImageSource of the same images for every class, stored once: the first so many."""
 
     images: Tensor
-    classes: int
+    counts: Sequence[int]  # of each class
 
     def __len__(self) -> int:
-        return self.classes * len(self.images)
+        return sum(self.counts)
 
     def epoch(
         self, batch_size: int, generator: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See ImageSource.epoch."""
+        counts = torch.tensor(self.counts)
+        ends = counts.cumsum(0)
         for index in epoch_order(len(self), generator).split(batch_size):
-            yield self.images[index % len(self.images)], index // len(self.images)
+            labels = torch.searchsorted(ends, index, right=True)
+            yield self.images[index - (ends - counts)[labels]], labels
 
 
 def _labelled(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

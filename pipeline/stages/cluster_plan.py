@@ -128,7 +128,8 @@ def cluster_figures(config: "RunConfig", sizes: Sizes) -> list[Figure]:
     if gpu is None:
         raise UsageError(f"plan.gpu must be one of {', '.join(GPUS)}, got {config.plan.gpu!r}")
     workers = (config.plan.nodes or 1) * config.plan.gpus_per_node
-    costs = step_costs(config.distill, config.ipc * config.synthetic.factor**2, sizes.counts)
+    ipc = config.stored(sizes.counts)
+    costs = step_costs(config.distill, config.synthetic.factor, ipc, sizes.counts)
     groups = assign(costs, workers)
     return [
         *disk_figures(config, sizes),
@@ -147,7 +148,7 @@ def disk_figures(config: "RunConfig", sizes: Sizes) -> list[Figure]:
     image, encoded = _image_bytes(config), ENCODED[config.shard.encoding]
     shards = round(sizes.images * (encoded * image + TAR_OVERHEAD))
     store, room = sizes.images * image, config.plan.disk_gib_per_node
-    stored = len(sizes.counts) * config.ipc * image
+    stored = sum(config.stored(sizes.counts)) * image
     copies = TIMES["optimizer"][config.distill.optimizer]
     checkpoint = 4 * copies * stored
     kept = config.runtime.checkpoints_kept + 1
@@ -188,9 +189,10 @@ def memory_figures(
     if config.distill.extractor != "blend":
         snapshots = len(config.pretrain.snapshot_epochs)
     pool = 4 * config.pretrain.networks * snapshots * sizes.weights
-    classes = max(len(group.classes) for group in groups)
+    ipc = config.stored(sizes.counts)
+    stored = max(sum(ipc[c] for c in group.classes) for group in groups)
     live = TIMES["live"][config.distill.optimizer]
-    images = 4 * live * classes * config.ipc * _image_bytes(config)
+    images = 4 * live * stored * _image_bytes(config)
     chunk = max(CHUNK_PIXELS["cuda"], config.shard.image_size**2)
     activations = round((BLOCK_CHUNKS + 1) * chunk * ACTIVATION_BYTES * config.model.width / 128)
     total = pool + images + activations
@@ -206,7 +208,7 @@ def memory_figures(
             name="GPU memory, a worker",
             value=total,
             text=memory(total),
-            formula=f"pool 4 P S weights = {memory(pool)}; {classes} classes x IPC x 3HW x 4 x "
+            formula=f"pool 4 P S weights = {memory(pool)}; {stored} stored images x 3HW x 4 x "
             f"{live} = {memory(images)}; activations about {memory(activations)}",
             problem=problem,
         ),
@@ -243,7 +245,7 @@ def time_figures(
     step = passes * passed
     networks, epochs = config.pretrain.networks, config.pretrain.training.epochs
     rounds = math.ceil(networks / workers)
-    decoded = len(sizes.counts) * config.ipc * config.synthetic.factor**2
+    decoded = sum(config.stored(sizes.counts)) * config.synthetic.factor**2
     evaluated = TRAINING_PASSES * passed * decoded * config.evaluate.training.epochs
     whole = train * config.evaluate.whole_epochs * ("whole" in config.evaluate.sets)
     runs = math.ceil(config.evaluate.repeats / workers)

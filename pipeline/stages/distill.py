@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shlex
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from upath import UPath
 
+from ncfm.allocation import shared_or_each
 from ncfm.synthetic import SyntheticSet
 from ncfm.tensor_files import BLOCK_BYTES
 from pipeline.errors import StageError, StorageError
@@ -49,9 +51,10 @@ class Distill(Stage):
     def job(self) -> DistillJob:
         """The workers' job."""
         cfg, shards, pool = self.config, self.run.stage(Shard), self.run.stage(Pretrain)
-        options = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, cfg.ipc, cfg.seed)
+        ipc = cfg.stored(shards.store.counts("train"))
+        options = (cfg.synthetic, cfg.distill, cfg.frequencies, cfg.augment, shared_or_each(ipc))
         identity = fingerprint(
-            "distill", DISTILL_VERSION, shards.fingerprint, pool.fingerprint, *options
+            "distill", DISTILL_VERSION, shards.fingerprint, pool.fingerprint, *options, cfg.seed
         )
         directory = self.run.directory
         return DistillJob(
@@ -65,7 +68,7 @@ class Distill(Stage):
             frequencies=cfg.frequencies,
             augment=cfg.augment,
             runtime=cfg.runtime,
-            ipc=cfg.ipc,
+            ipc=ipc,
             seed=cfg.seed,
             tracked=TrackedRun(
                 config=cfg.tracking,
@@ -140,26 +143,24 @@ def distill(
     peak, local = 0, run_directory if isinstance(run_directory, Path) else None
     for name, step in (("initial", 0), ("distilled", steps)):
         images, peak = images_of(job, step, local)
-        labels = torch.arange(job.store.spec.num_classes).repeat_interleave(job.ipc)
+        labels = torch.arange(len(job.ipc)).repeat_interleave(torch.tensor(job.ipc))
         stored = (images, labels, job.synthetic.factor, job.store.spec, provenance)
         write_set(run_directory / name, SyntheticSet(*stored))
     return {"steps": steps, "workers": workers.count, "peak_rss_bytes": peak}
 
 
 def images_of(job: DistillJob, step: int, directory: Path | None) -> tuple[Tensor, int]:
-    """The images (classes * ipc, C, H, W) of a checkpoint, by class, as a memory map of a scratch
-    file in `directory`, and the workers' peak memory if the checkpoint has it. Neither the images
+    """The images (N, C, H, W) of a checkpoint, by class, as a memory map of a scratch file in
+    `directory`, and the workers' peak memory if the checkpoint has it. Neither the images
     nor the optimiser's state are ever in memory as a whole.
     """
     spec, peak = job.store.spec, 0
-    images = _mapped(
-        directory,
-        (spec.num_classes * job.ipc, spec.channels, spec.image_size, spec.image_size),
-    )
+    ends = list(itertools.accumulate(job.ipc))
+    images = _mapped(directory, (ends[-1], spec.channels, spec.image_size, spec.image_size))
     for name, tensor in checkpoint_tensors(job.checkpoints, step):
         match name.split("/"):
             case ["class", c, "images"]:
-                images[int(c) * job.ipc : (int(c) + 1) * job.ipc] = tensor
+                images[ends[int(c)] - job.ipc[int(c)] : ends[int(c)]] = tensor
             case ["peak_rss_bytes"]:
                 peak = int(tensor)
     return images, peak

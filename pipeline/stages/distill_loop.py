@@ -54,7 +54,7 @@ class DistillJob:
     frequencies: FrequencyConfig
     augment: AugmentConfig
     runtime: RuntimeConfig
-    ipc: int
+    ipc: tuple[int, ...]  # stored images of each class
     seed: int
     tracked: TrackedRun | None = None
 
@@ -70,8 +70,8 @@ class DistillJob:
 
     def costs(self) -> list[ClassCost]:
         """Cost of each class in a step."""
-        synthetic = self.ipc * self.synthetic.factor**2
-        return step_costs(self.distill, synthetic, self.store.counts("train"))
+        train = self.store.counts("train")
+        return step_costs(self.distill, self.synthetic.factor, self.ipc, train)
 
 
 def distill_loop(arguments: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Loop:
             job.store, self.group.classes, job.seed, device=self.context.device
         )
         if self.context.rank == 0:
-            warn_of_small_classes(job.matched_counts(), job.distill.real_batch)
+            warn_of_small_classes(job.matched_counts(), job.distill.real_batch, spec.class_names)
         workers = self.collectives.gather((uuid.uuid4().hex[:8], platform.node()))
         self.hosts = [host for _, host in workers]
         self.writer = self._checkpoint_writer(attempt=workers[0][0])

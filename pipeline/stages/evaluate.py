@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from upath import UPath
 
+from ncfm.allocation import images_text
 from ncfm.evaluate import confidence_interval, ranking_measures
 from pipeline.graph import log
 from pipeline.runtime.files import Manifest, write_atomic
@@ -98,7 +99,7 @@ def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) 
     row: dict[str, Any] = {
         "set": task.set,
         "network": task.model.name,
-        "images_per_class": task.ipc,
+        "images_per_class": round(statistics.fmean(task.ipc)),
         "accuracy": values,
         "mean": statistics.fmean(values),
         "std": _std(values),
@@ -106,6 +107,8 @@ def _row(tasks: Sequence[EvaluationTask], results: Sequence[Mapping[str, Any]]) 
         "ci95": confidence_interval(values),
         "per_class": torch.tensor([r["per_class"] for r in results]).double().mean(0).tolist(),
     }
+    if len(set(task.ipc)) > 1:
+        row["images_of_a_class"] = [min(task.ipc), max(task.ipc)]  # least, most
     if task.is_soft or task.is_relabelled:
         row["label_bytes"] = task.label_bytes()
     if all(result["confusion"] is not None for result in results):
@@ -158,7 +161,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             [
                 row["set"],
                 row["network"],
-                str(row["images_per_class"]),
+                images_text(row.get("images_of_a_class", [row["images_per_class"]])),
                 str(row["epochs"]),
                 f"{mean:.1f} +- {100 * row['std']:.1f}",
                 ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from upath import UPath
 
+from ncfm.allocation import shared_or_each
 from ncfm.models import ModelConfig
 from pipeline.graph import Run, Stage
 from pipeline.runtime.identity import fingerprint
@@ -62,13 +63,13 @@ def evaluation_task(
     """The task of a network on one of this run's sets; the set is built first."""
     cfg, shards, pool = run.config, run.stage(Shard), run.stage(Pretrain)
     counts = shards.manifest["splits"]["train"]["counts"]
-    training = cfg.evaluate.training
+    ipc, training = cfg.stored(counts), cfg.evaluate.training
     if name == "whole":
         training = dataclasses.replace(cfg.pretrain.training, epochs=cfg.evaluate.whole_epochs)
     return EvaluationTask(
         set=name,
         repeat=repeat,
-        identity=fingerprint(shards.fingerprint, _content(run, name)),
+        identity=fingerprint(shards.fingerprint, _content(run, name, shared_or_each(ipc))),
         store=shards.store,
         distilled=run.directory / ("curated" if name == "distilled_soft" else "distilled"),
         pool=pool.pool,
@@ -78,13 +79,13 @@ def evaluation_task(
         hard_epochs=round(cfg.curate.hard_fraction * training.epochs),
         best_on_test_every=cfg.evaluate.best_on_test_every if classes is None else 0,
         classes=classes,
-        ipc=round(sum(counts) / len(counts)) if name == "whole" else cfg.ipc,
+        ipc=tuple(counts) if name == "whole" else ipc,
         factor=cfg.synthetic.factor,
         seed=cfg.seed,
     )
 
 
-def _content(run: Run, name: SetName) -> object:
+def _content(run: Run, name: SetName, ipc: object) -> object:
     """Everything that a set depends on besides the shards."""
     cfg, pool = run.config, run.stage(Pretrain)
 
@@ -95,11 +96,11 @@ def _content(run: Run, name: SetName) -> object:
         "distilled": run.stage(Distill).content,
         "distilled_soft": run.stage(Curate).content,
         "distilled_soft_views": lambda: (run.stage(Distill).content(), *teachers()),
-        "random": lambda: cfg.ipc,
-        "random_soft": lambda: (cfg.ipc, *teachers()),
-        "random_soft_views": lambda: (cfg.ipc, *teachers()),
-        "random_same_factor": lambda: (cfg.ipc, cfg.synthetic.factor),
-        "herding": lambda: (cfg.ipc, pool.fingerprint),
+        "random": lambda: ipc,
+        "random_soft": lambda: (ipc, *teachers()),
+        "random_soft_views": lambda: (ipc, *teachers()),
+        "random_same_factor": lambda: (ipc, cfg.synthetic.factor),
+        "herding": lambda: (ipc, pool.fingerprint),
         "whole": lambda: "",
     }
     return of_set[name]()

@@ -72,7 +72,7 @@ class EvaluationTask:
     classes: tuple[int, ...] | None = (
         None  # train and test on these, relabelled 0, 1, ...; None: all
     )
-    ipc: int
+    ipc: tuple[int, ...]  # images of each class
     factor: int
     seed: int
 
@@ -89,7 +89,7 @@ class EvaluationTask:
     def label_bytes(self) -> int:
         """Storage of the labels in bytes, beyond one class index per image."""
         classes = self.store.spec.num_classes
-        images = classes * self.ipc * (self.factor**2 if self.set.startswith("distilled") else 1)
+        images = sum(self.ipc) * (self.factor**2 if self.set.startswith("distilled") else 1)
         if self.is_relabelled:
             epochs = self.training.epochs - self.hard_epochs
             return view_label_bytes(epochs=epochs, images=images, classes=classes)
@@ -133,16 +133,15 @@ class EvaluationTask:
         purpose = "random" if self.set in ("random_soft", "random_soft_views") else self.set
         images = [
             random_set(
-                real.batch(c, self.repeat, self.ipc * factor**2, purpose=purpose),
-                self.ipc,
+                real.batch(c, self.repeat, self.ipc[c] * factor**2, purpose=purpose),
+                self.ipc[c],
                 seed=self.seed,
                 class_index=c,
                 factor=factor,
             )
             for c in classes
         ]
-        labels = torch.tensor(classes).repeat_interleave(self.ipc)
-        return SyntheticSet(torch.cat(images), labels, factor, self.store.spec)
+        return self._real_set(classes, images, factor)
 
     def _herding(self, classes: Sequence[int], device: str) -> SyntheticSet:
         """Real images chosen by herding; each repeat uses the features of another pool network."""
@@ -151,15 +150,20 @@ class EvaluationTask:
         chosen = [
             herding_set(
                 StoredImages(self.store, "train", [c]),
-                self.ipc,
+                self.ipc[c],
                 network,
                 spec,
                 device=device,
             )
             for c in classes
         ]
-        labels = torch.tensor(classes).repeat_interleave(self.ipc)
-        return SyntheticSet(torch.cat(chosen), labels, 1, spec)
+        return self._real_set(classes, chosen, 1)
+
+    def _real_set(
+        self, classes: Sequence[int], images: Sequence[Tensor], factor: int
+    ) -> SyntheticSet:
+        labels = torch.tensor(classes).repeat_interleave(torch.tensor([len(p) for p in images]))
+        return SyntheticSet(torch.cat(list(images)), labels, factor, self.store.spec)
 
     def _view_labels(self, device: str) -> ViewLabels:
         teachers = self.pool.teachers(self.curate.networks, self.store.spec)

@@ -127,7 +127,8 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
     """Probe this machine and estimate. Raises UsageError for a GPU that is not in the table."""
     _check_gpu(config)
     counts = train_counts(source)
-    costs = step_costs(config.distill, config.ipc * config.synthetic.factor**2, counts)
+    ipc = config.stored(counts)
+    costs = step_costs(config.distill, config.synthetic.factor, ipc, counts)
     cpus = available_cores()
     gpus = torch.cuda.device_count()
     use_gpu = config.plan.gpu is not None or (gpus > 0 and config.use_gpu is not False)
@@ -142,6 +143,7 @@ def estimate(config: "RunConfig", source: Source) -> Estimate:
             config=config,
             classes=len(counts),
             real=real_per_class,
+            stored=[ipc[c] for c in busiest.classes],
             threads=1,
             seconds=config.plan.probe_s,
             device="cuda" if probe_gpus else "cpu",
@@ -211,7 +213,7 @@ def gpu_step_s(gpu: str, config: "RunConfig", flops: float) -> float:
 
 def _evaluated(config: "RunConfig", counts: list[int]) -> int:
     """Training images of the evaluation, summed over networks and epochs."""
-    stored = config.ipc * len(counts)
+    stored = sum(config.stored(counts))
     decoded = stored * config.synthetic.factor**2
     each = 2 * decoded + stored  # distilled, same-factor random, random
     each += stored * ("herding" in config.evaluate.sets) + decoded * config.curate.soft_labels

@@ -39,6 +39,7 @@ class Request:
     config: "RunConfig"
     classes: int  # of the data set
     real: list[int]  # real images per batch, for each of the worker's classes
+    stored: list[int]  # stored images of each of them
     threads: int
     seconds: float  # approximate time limit of the steps
     device: str = "cpu"  # "cpu", or "cuda": one GPU per probe
@@ -76,28 +77,32 @@ def probe_requests(request: Request, count: int) -> list[Request]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Part of a worker's share: real images of each class, and stored images per class."""
+    """Part of a worker's share: real images and stored images of each class."""
 
     real: Sequence[int]
-    ipc: int
+    stored: Sequence[int]
 
     def passes(self, config: "RunConfig") -> float:
-        synthetic = self.ipc * config.synthetic.factor**2
-        calibrated = config.distill.calibration > 0
-        costs = [ClassCost.of(n, synthetic, calibrated=calibrated) for n in self.real]
+        tiles, calibrated = config.synthetic.factor**2, config.distill.calibration > 0
+        costs = [
+            ClassCost.of(n, tiles * images, calibrated=calibrated)
+            for n, images in zip(self.real, self.stored, strict=True)
+        ]
         return sum(cost.shared + cost.own for cost in costs)
 
     def scaled(self, share: float) -> "_Part":
         """A part with about this share of the passes: fewer classes, or fewer images of one."""
         count = max(1, round(share * len(self.real)))
         rest = min(1.0, share * len(self.real))
-        real = [max(1, round(rest * n)) for n in self.real[:count]]
-        return _Part(real, max(1, round(rest * self.ipc)))
+        real, stored = (
+            [max(1, round(rest * n)) for n in side[:count]] for side in (self.real, self.stored)
+        )
+        return _Part(real, stored)
 
     def kept(self, config: "RunConfig") -> int:
-        """Decoded synthetic images with a live graph: about those of one class."""
+        """Decoded synthetic images with a live graph: about those of the largest class."""
         most = config.distill.graph_images or default_graph_images(config.shard.image_size)
-        return min(self.ipc * config.synthetic.factor**2, most)
+        return min(max(self.stored) * config.synthetic.factor**2, most)
 
 
 def probe(request: Request) -> Answer:
@@ -118,8 +123,8 @@ def probe(request: Request) -> Answer:
     trajectories = [[state] * len(epochs)] * config.pretrain.networks
     pool = ExtractorPool(network, trajectories, epochs=epochs, device=device)
     before = peak_rss_bytes()
-    whole = _Part(request.real, config.ipc)
-    small = _Part(request.real[:1], 1).scaled(min(1.0, FEWEST_IMAGES / request.real[0]))
+    whole = _Part(request.real, request.stored)
+    small = _Part(request.real[:1], [1]).scaled(min(1.0, FEWEST_IMAGES / request.real[0]))
     first = _time_steps(config, spec, pool, small, device, steps=1)
     steps = config.plan.max_steps
     expected = first * whole.passes(config) / small.passes(config) * (1 + steps)
@@ -171,7 +176,7 @@ def _time_steps(
 ) -> float:
     """Seconds per step: the median of `steps` after one warm-up step."""
     shape = (spec.channels, spec.image_size, spec.image_size)
-    images = {c: torch.rand(part.ipc, *shape) for c in range(len(part.real))}
+    images = {c: torch.rand(n, *shape) for c, n in enumerate(part.stored)}
     real = {c: torch.randint(256, (n, *shape)).byte() for c, n in enumerate(part.real)}
     distiller = Distiller(
         images,

@@ -22,7 +22,7 @@ from pipeline.data.shards import Record, ShardConfig, ShardTask, write_shards_ro
 from pipeline.data.sources import SPLITS, Sample, Source, key_hash
 from pipeline.data.store import Store
 from pipeline.errors import SourceError, StorageError, UsageError
-from pipeline.graph import Stage
+from pipeline.graph import Stage, log
 from pipeline.observe.progress import Progress
 from pipeline.runtime.files import Manifest
 from pipeline.runtime.identity import fingerprint
@@ -69,6 +69,14 @@ class Shard(Stage):
         connect()
         self.run.wait_for({"CPU": 1.0})
         return shard(self.run.source, self.config.shard, self.directory)
+
+    def summarise(self, manifest: Manifest) -> None:
+        """See Stage."""
+        names = manifest["class_names"]
+        more = ", ..." if len(names) > 3 else ""
+        counts = {split: sum(part["counts"]) for split, part in manifest["splits"].items()}
+        images = ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+        log(f"[shard] {len(names)} classes ({', '.join(names[:3])}{more}): {images} images")
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -184,7 +192,7 @@ def _stop_if_too_many(bad: Sequence[dict[str, str]], total: int, max_bad: float)
         return
     kinds = Counter(entry["reason"].partition(":")[0] for entry in bad).most_common(5)
     raise SourceError(
-        f"{len(bad)} of {total} images cannot be read, more than shard.max_bad = {max_bad:g} "
+        f"{len(bad)} of {total} images cannot be used, more than shard.max_bad = {max_bad:g} "
         f"allows: {', '.join(f'{count} x {kind}' for kind, count in kinds)}; such as "
         + "; ".join(f"{entry['key']} ({entry['reason']})" for entry in bad[:3])
     )
@@ -226,7 +234,7 @@ def build_manifest(
     if quarantine:
         first = quarantine[0]
         logger.warning(
-            "%d of %d images cannot be read; see quarantine in the manifest (first: %s: %s)",
+            "%d of %d images cannot be used; see quarantine in the manifest (first: %s: %s)",
             len(quarantine),
             sum(len(task.samples) for task, _ in results) + len(source.rejected),
             first["key"],
@@ -262,7 +270,8 @@ def _tell_imbalance(names: Sequence[str], counts: Sequence[int]) -> None:
     if counts[many] >= 10 * counts[few]:
         logger.warning(
             "long-tailed: from %d train images (%s) to %d (%s) a class; every class has the same "
-            "weight in distillation",
+            "weight in distillation, and stores the same number of images unless "
+            "--ipc_allocation is proportional",
             counts[few],
             names[few],
             counts[many],

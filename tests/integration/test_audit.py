@@ -38,7 +38,7 @@ def job(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Au
         distilled=UPath(tiny[1] / "distilled"),
         extractors=(Pool(directory=pool, models=(model,), networks=1),),
         config=AUDIT,
-        ipc=1,
+        ipc=(1,) * 10,
         factor=2,
         seed=0,
     )
@@ -95,7 +95,7 @@ def test_a_set_that_is_part_noise_lies_between(job: AuditJob, tmp_path: Path) ->
         mixed = (1 - share) * images + share * noise
         made = ncfm.SyntheticSet(mixed, labels[chosen], 1, job.store.spec)
         made.save(tmp_path / str(i))
-        part = dataclasses.replace(job, distilled=UPath(tmp_path / str(i)), ipc=4, factor=1)
+        part = dataclasses.replace(job, distilled=UPath(tmp_path / str(i)), ipc=(4,) * 10, factor=1)
         content = in_process(part, tmp_path / str(i))
         found.append({m: values(content, m)["distilled"] for m in ("ncfd", "frechet", "coverage")})
         if share == 0:

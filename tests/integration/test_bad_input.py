@@ -408,7 +408,7 @@ def test_too_many_bad_images_stop_the_stage(tree: Path, ray_cluster: str, tmp_pa
     with pytest.raises(SourceError) as caught:
         shard(source, strict, UPath(tmp_path / "shards"))
     message = str(caught.value)
-    assert "4 of 12 images cannot be read, more than shard.max_bad = 0.3 allows" in message
+    assert "4 of 12 images cannot be used, more than shard.max_bad = 0.3 allows" in message
     assert "4 x UnidentifiedImageError" in message
     assert "train/a/bad" in message
     assert "\n" not in message

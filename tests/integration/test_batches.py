@@ -107,12 +107,12 @@ def test_the_batches_of_a_step_are_gathered_when_they_are_asked_for(store: Store
 
 
 def test_small_classes_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_small_classes([100, 64, 7], 7)
+    warn_of_small_classes([100, 64, 7], 7, "abc")
     assert not caplog.records
-    warn_of_small_classes([100, 64, 7], 20)
+    warn_of_small_classes([100, 64, 7], 20, "abc")
     (record,) = caplog.records
     assert "1 of 3 classes are smaller than a batch of 20" in record.message
-    assert "class 2, has 7" in record.message
+    assert "the smallest, c, has 7" in record.message
 
 
 # --- epochs ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The command line: what it accepts, and how it says no."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -121,6 +122,43 @@ def test_the_script_ends_with_status_2_and_no_traceback(
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ncfm search", {"search-proxy"}),
+        ("ncfm audit --ipc_al", {"--ipc_allocation"}),
+        ("ncfm --method d", {"dm", "dance"}),
+        ("ncfm audit --ipc_allocation proportional --source.download ", {"true", "false"}),
+        ("ncfm --seed ", set()),  # a number: the shell then offers files
+    ],
+)
+def test_a_shell_completes_stages_options_and_their_words(
+    line: str, expected: set[str], tmp_path: Path
+) -> None:
+    """As bash calls the command at a Tab, by the functions of argcomplete."""
+    pytest.importorskip("argcomplete")
+    told = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    told |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
+    command = [sys.executable, str(ROOT / "pipeline/run.py")]
+    done = subprocess.run(
+        command, env=os.environ | told, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    words = (tmp_path / "words").read_text().split("\v")
+    assert {word.strip() for word in words} - {""} == expected
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t"])
+def test_a_presets_sizes_of_a_convnet_are_not_those_of_another_network(name: str) -> None:
+    """The command of the README, on the built-in preset, which sets a width."""
+    model = parse_command(["--model.name", name]).config.model
+    assert (model.name, model.width, model.depth) == (name, 128, None)
+    assert parse_command(["--model.name", "convnet"]).config.model.width == 64
+    assert parse_command(["--model.name", "ncfm.models.convnet.ConvNet"]).config.model.width == 64
+    with pytest.raises(UsageError, match=f"only convnet takes a width, got 32 for {name}"):
+        parse_command(["--model.width", "32", f"--model.name={name}"])
 
 
 METHODS = get_args(MethodName)

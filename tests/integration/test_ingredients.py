@@ -25,6 +25,7 @@ from pipeline.stages.pretrain import PretrainJob, pretrain_member
 
 OPTIONS = [
     *("--shard.image_size", "16", "--model.depth", "2", "--model.width", "16", "--ipc", "2"),
+    *("--ipc_allocation", "proportional"),
     *("--pretrain.networks", "2", "--pretrain.training.epochs", "4"),
     *("--pretrain.models", '["convnet", "timm/test_resnet"]'),
     *("--pretrain.snapshot_every", "2", "--distill.num_steps", "6", "--distill.real_batch", "20"),
@@ -77,7 +78,7 @@ def loop(trained: tuple[RunConfig, Store, Path], folder: Path, **changes: Any) -
             metrics=UPath(folder / "metrics.jsonl"),
             augment=config.augment,
             runtime=config.runtime,
-            ipc=config.ipc,
+            ipc=config.stored(store.counts("train")),
             seed=config.seed,
             **arguments,
         ),
@@ -95,6 +96,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
     ]
     whole = loop(trained, tmp_path / "whole")
     assert len(whole.distiller.frequencies.samplers) == 2
+    assert [len(images) for images in whole.distiller.images.values()] == [3, 2, 1]
     whole.run()
     rows = read_rows(UPath(tmp_path / "whole" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4, 6]
@@ -170,7 +172,7 @@ def test_a_network_learns_from_labels_of_every_view(
             model=config.model,
             training=TrainConfig(epochs=4, batch_size=4),
             hard_epochs=1,
-            ipc=3,
+            ipc=(3, 3, 3),
             factor=2,
             seed=0,
         )

@@ -190,7 +190,7 @@ def test_imagenet_on_64_gpus_needs_no_images(capsys: pytest.CaptureFixture[str])
         ("shards, shared", "N 1,331,167"),
         ("store, each node", "N x 3HW"),
         ("checkpoint, shared", "C x IPC x 3HW"),
-        ("GPU memory, a worker", "16 classes x IPC"),
+        ("GPU memory, a worker", "160 stored images x 3HW"),
         ("memory, a worker", "pool"),
         ("network, a step", "(2K + 1)"),
         ("step", "passes"),

@@ -198,6 +198,10 @@ def test_object_store_lists_as_a_local_tree_does(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ([], "no class folders"),
+        (
+            ["photos/a/1.png", "photos/b/1.png"],
+            "class folder alone, photos; .*/photos$",
+        ),
         (["1.png"], "no class folders"),
         (["train/1.png", "val/a/1.png"], "no class folders"),
         (["val/a/1.png"], "no train/"),

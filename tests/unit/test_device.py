@@ -1,5 +1,6 @@
 """Where a run computes is decided once: no other place asks whether this machine has a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ def test_a_worker_computes_where_it_is_told() -> None:
 
 
 def test_each_probe_has_a_gpu_of_its_own() -> None:
-    request = Request(config=RunConfig(), classes=1, real=[1], threads=1, seconds=1.0)
+    request = Request(config=RunConfig(), classes=1, real=[1], stored=[1], threads=1, seconds=1.0)
     assert [r.device for r in probe_requests(request, 3)] == ["cpu"] * 3
-    gpu = Request(config=RunConfig(), classes=1, real=[1], threads=1, seconds=1.0, device="cuda")
+    gpu = replace(request, device="cuda")
     assert [r.device for r in probe_requests(gpu, 3)] == ["cuda:0", "cuda:1", "cuda:2"]
 
 

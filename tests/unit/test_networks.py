@@ -43,7 +43,7 @@ def test_a_distilled_set_is_of_the_tasks_classes(
         training=TrainConfig(),
         hard_epochs=0,
         classes=classes,
-        ipc=2,
+        ipc=(2, 2, 2),
         factor=1,
         seed=0,
     )

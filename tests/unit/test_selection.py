@@ -141,7 +141,7 @@ def select(images: Tensor, communicator: Communicator, **changes: object) -> Sel
         spec=SPEC,
         synthetic=replace(SyntheticConfig(), **{k: changes[k] for k in changes if k == "choose"}),  # type: ignore[arg-type]
         distill=DistillConfig(easy_fraction=changes.get("easy_fraction", 1.0)),  # type: ignore[arg-type]
-        ipc=2,
+        ipc=(2, 2),
         seed=0,
         communicator=communicator,
         device=torch.device("cpu"),

@@ -23,7 +23,7 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 if TYPE_CHECKING:
     from pipeline.data.sources import SourceConfig
 
-PATH = "a directory with train/<class>/ and val/<class>/, or an archive"
+PATH = "a directory with <class>/, or with train/<class>/ and val/<class>/, or an archive"
 OPTIONS = ("subset", "name", "class_names")
 
 
@@ -79,6 +79,11 @@ class FolderSource(SampleList):
         folders = _folders(base)
         if not folders:
             raise SourceError(f"{base} has no class folders; images belong in {base}/<class>/")
+        if len(folders) == 1 and len(_folders(base / folders[0])) > 1:
+            raise SourceError(
+                f"{base} has one class folder alone, {folders[0]}; if the classes are the folders "
+                f"in it, source.path is {base / folders[0]}"
+            )
         names = {folder: folder for folder in folders}
         if subset:
             names = subset_folders(subset)

@@ -51,7 +51,7 @@ def gallery(initial: SyntheticSet | None, distilled: SyntheticSet) -> Gallery:
     shown, stored = sum(len(entry.after) for entry in classes), len(distilled.images)
     left_out = (
         f"Shown: {count} of {len(names)} classes, {shown} of {stored} images "
-        f"(at most {each} a class). All of them are in distilled/images/."
+        f"(at most {each} a class). The stage export writes all of them."
         if shown < stored or count < len(names)
         else ""
     )

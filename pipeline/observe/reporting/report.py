@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from plotly.offline import get_plotlyjs
 from upath import UPath
 
 from ncfm import load
+from ncfm.allocation import images_text
 from pipeline.observe.progress import read_rows
 from pipeline.observe.reporting.charts import accuracy_chart, distillation_charts, pretraining_chart
 from pipeline.observe.reporting.gallery import data_uri, gallery
@@ -138,7 +140,7 @@ def _of_set(
         "protocol": _protocol(evaluated),
         "measures": [{**row, "label": SET_NAMES.get(row["set"], row["set"])} for row in measured],
         "set": distilled,
-        "images_per_class": manifest["images_per_class"],
+        "images_per_class": images_text(torch.bincount(distilled.labels).tolist()),
         "headline": headline(evaluation),
         "evaluation": evaluation,
         "by_network": by_network(evaluation),

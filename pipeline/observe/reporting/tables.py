@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ncfm.allocation import images_text
+
 STAGE_ORDER = ("shard", "pretrain", "tune", "distill", "curate", "evaluate", "audit", "continual",
     "search-proxy")  # fmt: skip
 SET_NAMES = {
@@ -26,7 +28,8 @@ class EvaluationRow:
     set: str
     label: str  # includes network and number of images if they differ between rows
     network: str
-    images_per_class: int
+    images_per_class: int  # their mean
+    images: str  # of a class: "10", or "3 to 17"
     epochs: int
     runs: Sequence[float]
     mean: float
@@ -62,6 +65,7 @@ def evaluation_rows(rows: Sequence[Mapping[str, Any]]) -> list[EvaluationRow]:
                 label=", ".join(label),
                 network=row["network"],
                 images_per_class=row["images_per_class"],
+                images=images_text(row.get("images_of_a_class", [row["images_per_class"]])),
                 epochs=row["epochs"],
                 runs=row["accuracy"],
                 mean=100 * row["mean"],

@@ -16,7 +16,8 @@ Value = int | float | str | bool
 Values = dict[str, Value]
 """Dotted option -> its value in one trial."""
 
-SEARCHED = ("ipc", "shard", "model", "pretrain", "synthetic", "distill", "frequencies", "augment")
+SEARCHED = ("ipc", "ipc_allocation", "shard", "model", "pretrain", "synthetic", "distill",
+    "frequencies", "augment")  # fmt: skip
 INPUTS = ("shard", "model", "pretrain")
 """Options that change shards or networks, which are built before the trials start."""
 RUNG_OPTION = "distill.num_steps"

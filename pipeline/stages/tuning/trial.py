@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from upath import UPath
 
+from ncfm.allocation import shared_or_each
 from ncfm.distill import NonFiniteLossError
 from ncfm.evaluate import train_and_test
 from ncfm.models import ModelConfig
@@ -55,7 +56,7 @@ class TrialJob:
     def stored_bytes(self) -> int:
         """Size of the synthetic set, at one byte per stored pixel and channel."""
         spec = self.distill.store.spec
-        return spec.num_classes * self.distill.ipc * spec.channels * spec.image_size**2
+        return sum(self.distill.ipc) * spec.channels * spec.image_size**2
 
     def results(self) -> list[Result]:
         """Results of the finished rungs."""
@@ -102,7 +103,7 @@ class TrialJob:
         spec = job.store.spec
         classes = range(spec.num_classes)
         images = torch.cat([state[f"class/{c}/images"].float() for c in classes])
-        labels = torch.tensor(classes).repeat_interleave(job.ipc)
+        labels = torch.tensor(classes).repeat_interleave(torch.tensor(job.ipc))
         synthetic = SyntheticSet(images, labels, job.synthetic.factor, spec)
         held_out = StoredImages(job.store, "select")
         return [
@@ -148,12 +149,13 @@ class SweepJob:
         rungs = config.tune.steps(config.distill.num_steps)
         training = replace(config.evaluate.training, epochs=config.tune.epochs)
         base = self.inputs[input_key(values)]
+        ipc = config.stored(base.store.counts("train"))
         identity = fingerprint(
             "trial",
             [TUNE_VERSION, EVALUATE_VERSION],
             base.checkpoints.name,  # shards, networks, seed, the version of the distillation
-            *(config.synthetic, config.distill, config.frequencies, config.augment, config.ipc),
-            *(rungs, training, config.model, config.tune.repeats),
+            *(config.synthetic, config.distill, config.frequencies, config.augment),
+            *(shared_or_each(ipc), rungs, training, config.model, config.tune.repeats),
         )
         directory = self.directory / "trials" / f"{number:03d}-{identity}"
         tracked = base.tracked
@@ -172,7 +174,7 @@ class SweepJob:
             distill=config.distill,
             frequencies=config.frequencies,
             augment=config.augment,
-            ipc=config.ipc,
+            ipc=ipc,
             checkpoints=directory / "checkpoints",
             metrics=directory / "metrics.jsonl",
             tracked=tracked,
