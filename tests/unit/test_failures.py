@@ -7,7 +7,7 @@ import pytest
 from upath import UPath
 
 from pipeline.errors import ShardError, StorageError, StoreError, WorkerError
-from pipeline.runtime.failures import guarded, raise_recorded, worker_error
+from pipeline.runtime.failures import guarded, preempted, raise_recorded, worker_error
 from pipeline.runtime.workers import lacking, size_workers
 
 STARTS: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ def test_others_are(arguments: dict[str, Any], error: Exception) -> None:
 
 def test_a_loop_gets_its_arguments_and_its_result_stands(arguments: dict[str, Any]) -> None:
     guarded(arguments)
-    assert STARTS == [{"device": "cpu"}]
+    assert STARTS == [{"device": "cpu", "preempted": preempted}]
     raise_recorded(arguments["failure"])
 
 

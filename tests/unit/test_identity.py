@@ -130,7 +130,8 @@ def test_a_trial_depends_on_search_and_evaluation(
     command: Command, monkeypatch: pytest.MonkeyPatch, raised: Any
 ) -> None:
     """A search goes on from its trials' directories, whatever the stage's manifest says."""
-    base: Any = SimpleNamespace(checkpoints=UPath("identity"), tracked=None)
+    store = SimpleNamespace(counts=lambda split: [5, 5])
+    base: Any = SimpleNamespace(checkpoints=UPath("identity"), tracked=None, store=store)
     monkeypatch.setattr(pipeline.stages.tuning.trial, "replace", lambda value, **_: value)
 
     def directory() -> str:
