@@ -60,7 +60,7 @@ def test_others_are(arguments: dict[str, Any], error: Exception) -> None:
 
 def test_a_loop_gets_its_arguments_and_its_result_stands(arguments: dict[str, Any]) -> None:
     guarded(arguments)
-    assert STARTS == [{"device": "cpu", "preempted": preempted}]
+    assert [{"device": "cpu", "preempted": preempted}] == STARTS
     raise_recorded(arguments["failure"])
 
 
