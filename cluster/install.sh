@@ -2,7 +2,7 @@
 # Installs this checkout with exactly the packages in requirements.txt, whose hashes pip checks: all dependencies, the
 # indirect ones and those of every extra included. Ray needs the same versions, and the same Python minor version, on
 # every node. To make that file anew after a change of pyproject.toml:
-#   uv pip compile --universal --all-extras --generate-hashes --no-emit-index-url --no-header --no-annotate \
+#   uv pip compile --universal --all-extras --generate-hashes --no-header --no-annotate \
 #     pyproject.toml -o cluster/requirements.txt && sed -i -z 's/ \\\n */ /g' cluster/requirements.txt
 #
 #   cluster/install.sh PYTHON [PACKAGE...]      PYTHON: the interpreter to install into; PACKAGE: further packages

@@ -15,10 +15,8 @@ from ncfm.models.classifier import Classifier
 from ncfm.models.weights import load_weights
 
 TORCHVISION, TIMM = "torchvision/", "timm/"
-SIZES = (
-    64,
-    224,
-)  # px; these networks halve images five times, and some take no other size than 224
+SIZES = (64, 224)
+"""Sides in px: these networks halve images five times, and some take no other size than 224."""
 
 
 def in_library(name: str) -> bool:

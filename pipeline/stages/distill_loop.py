@@ -93,7 +93,7 @@ class Loop:
     def __init__(
         self, job: DistillJob, device: str, preempted: Callable[[], bool] | None = None
     ) -> None:
-        self.preempted, self.rescued = preempted or (lambda: False), False
+        self.preempted, self.saved_for_reclaim = preempted or (lambda: False), False
         self.job, self.context, self.costs = job, current_context(device), job.costs()
         spec = job.store.spec
         self.class_names = spec.class_names
@@ -218,7 +218,7 @@ class Loop:
         steps, last = self.distiller.step - self.first_step, self._is_last()
         reclaimed = self.preempted()
         every_s = 0 if reclaimed else self.job.runtime.checkpoint_every_s
-        due = last or self.writer.due(every_s) or (reclaimed and not self.rescued)
+        due = last or self.writer.due(every_s) or (reclaimed and not self.saved_for_reclaim)
         own = torch.zeros(2 + self.context.world_size, dtype=torch.float64)
         own[0] = self.collectives.bytes_sent - self.sent_before
         own[1] = float(rank == 0 and due and (last or not self.writer.busy))
@@ -233,11 +233,11 @@ class Loop:
         if rank == 0:
             self._report(means, sent / steps, (now - self.began) / steps, seconds)
         if save:
-            if reclaimed and not self.rescued and rank == 0:
+            if reclaimed and not self.saved_for_reclaim and rank == 0:
                 logger.warning(
                     "a node is about to be reclaimed: checkpoint of step %d", self.distiller.step
                 )
-            self.rescued = reclaimed
+            self.saved_for_reclaim = reclaimed
             self._save()
             if last:
                 self.writer.wait()

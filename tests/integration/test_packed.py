@@ -120,6 +120,15 @@ def test_imagenets_own_tars(tmp_path: Path) -> None:
     assert contents(opened(root, subset=",".join(WNIDS))) == contents(opened(tree))
 
 
+def test_tars_beside_what_was_unpacked_are_left_alone(tmp_path: Path) -> None:
+    """Where torchvision unpacks ImageNet: train/ and val/ beside the tars."""
+    expected = contents(opened(write_tree(tmp_path / "tree")))
+    root = write_tree(tmp_path / "ILSVRC2012")
+    (root / "ILSVRC2012_img_train.tar").touch()
+    assert contents(opened(root)) == expected
+    assert not (root / "ILSVRC2012").exists()
+
+
 def test_cifar_and_fashion_mnist(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +158,8 @@ def test_cifar_and_fashion_mnist(
         assert read["train"].total() == 8
         first = pixels[0].reshape(3, 32, 32).transpose(1, 2, 0).tobytes()
         assert read["train"]["airplane", first] == 1
+    with pytest.raises(SourceError, match=r"holds CIFAR10 .*source\.subset needs"):
+        opened(tmp_path / "data", subset="a,b")
 
     fashion = tmp_path / "idx"
     fashion.mkdir()

@@ -182,7 +182,8 @@ def test_compiled_is_eager_and_compiles_once(tmp_path: Path, device: str) -> Non
             torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-5)
         if not step:
             ours, theirs = (
-                torch.stack(gradients(loop.optimizer, list(loop.images.values()))) for loop in loops
+                torch.stack(gradients(loop.optimizer.optimizer, list(loop.images.values())))
+                for loop in loops
             )
             assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     assert frames[0][0] > 0

@@ -13,7 +13,7 @@ from upath import UPath
 
 from pipeline.data.image_files import SUFFIXES, fetch, list_images, read_image
 from pipeline.data.sources.data_files import SPLIT_NAME
-from pipeline.data.sources.packed import LABELS, torchvision_name, unpacked
+from pipeline.data.sources.packed import VAL_LABELS, torchvision_name, unpacked
 from pipeline.data.sources.source import Found, Sample, SampleList
 from pipeline.errors import SourceError
 
@@ -92,7 +92,7 @@ class FolderSource(SampleList):
                     f"{base} lacks {len(missing)} of the {len(names)} classes of source.subset "
                     f"{subset}: {', '.join(missing[:3])}"
                 )
-        elif val_part and not (self.root / val_part / LABELS).exists():
+        elif val_part and not (self.root / val_part / VAL_LABELS).exists():
             # Classes that only val has: their images are listed as rejected, not ignored.
             val_only = [name for name in _folders(self.root / val_part) if name not in names]
             names.update({name: name for name in val_only})
@@ -125,7 +125,7 @@ class FolderSource(SampleList):
         """File name without suffix -> class, for a split without class folders, from the label file
         of Kaggle's ImageNet or of Tiny ImageNet. Empty if there is none.
         """
-        annotations = self.root / part / LABELS
+        annotations = self.root / part / VAL_LABELS
         if annotations.exists():
             lines = annotations.read_text().splitlines()
             return {PurePosixPath(n).stem: c for n, c, *_ in (line.split("\t") for line in lines)}
@@ -211,6 +211,10 @@ def open_source(config: "SourceConfig") -> SampleList:
     if name is not None:
         from pipeline.data.sources.torchvision import open_source as open_torchvision
 
-        return open_torchvision(replace(config, kind="torchvision", name=name, path=str(root)))
+        try:
+            options = replace(config, kind="torchvision", name=name, path=str(root))
+        except ValueError as error:
+            raise SourceError(f"{root} holds {name} in torchvision's files: {error}") from error
+        return open_torchvision(options)
     fractions = (config.val_fraction, config.selection_fraction)
     return FolderSource(root, *fractions, subset=config.subset, class_names=config.names)

@@ -11,24 +11,29 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.observe.progress import Progress
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
-TRAIN, VAL, DEVKIT = (
-    f"ILSVRC2012_{name}" for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")
-)
-LABELS = "val_annotations.txt"  # Tiny ImageNet's, in which those of ImageNet are written, too
+TRAIN = "ILSVRC2012_img_train.tar"
+VAL = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+VAL_LABELS = "val_annotations.txt"  # Tiny ImageNet's; ImageNet's labels are written as such a file
 FOLDERS = {
     "cifar-10-batches-py": "CIFAR10",
     "cifar-100-python": "CIFAR100",
     "FashionMNIST/raw": "FashionMNIST",
     "MNIST/raw": "MNIST",
 }
-IDX = [f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1")]
-IDX += [f"{part}-ubyte" for part in ("t10k-images-idx3", "t10k-labels-idx1")]
+IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def unpacked(path: Path) -> Path:
@@ -36,7 +41,7 @@ def unpacked(path: Path) -> Path:
     of ImageNet; any other path as it is. Raises SourceError.
     """
     if path.is_dir():
-        if (path / TRAIN).exists():
+        if (path / TRAIN).exists() and not (path / "train").is_dir():
             return _unpack(path / TRAIN, path / "ILSVRC2012")
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
         archives = [entry for entry in entries if entry.name.endswith(SUFFIXES)]
@@ -74,8 +79,6 @@ def torchvision_root(directory: Path, name: str) -> Iterator[Path]:
     if not files:
         yield directory
         return
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as scratch:
         raw = Path(scratch, name, "raw")
         raw.mkdir(parents=True)
@@ -155,4 +158,4 @@ def _unpack_imagenet(root: Path, directory: Path) -> None:
     truth = (data / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
     names = sorted(path.name for path in (directory / "val").iterdir())
     rows = (f"{name}\t{wnids[int(label)]}\n" for name, label in zip(names, truth, strict=True))
-    (directory / "val" / LABELS).write_text("".join(rows))
+    (directory / "val" / VAL_LABELS).write_text("".join(rows))
