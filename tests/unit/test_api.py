@@ -165,7 +165,7 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_example_runs_and_beats_random_images(tmp_path: Path) -> None:
     """As a user runs it, in a directory of its own."""
-    command = [sys.executable, "-m", "ncfm.example"]
+    command = [sys.executable, "-m", "ncfm.examples.photographs"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

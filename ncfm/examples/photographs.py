@@ -1,8 +1,10 @@
-"""Distil, look and train, in cells for a notebook or an editor; or as `python -m ncfm.example`.
+"""Distil, look and train, in cells for a notebook or an editor.
 
-The classes are six photographs of scikit-image, their images crops of these. With your own data,
-give `ncfm.distill` a torchvision Dataset. It takes half a minute on one CPU core.
+Or `python -m ncfm.examples.photographs`, half a minute on one CPU core. The classes are six
+photographs of scikit-image, their images crops of these. With your own data, give `ncfm.distill` a
+torchvision Dataset.
 """
+# The directory has no __init__.py: whoever imports all modules of ncfm must not run this.
 
 # %% Real images: crops of the left of a photograph for training, of its right for the test
 import numpy as np
