@@ -177,14 +177,14 @@ class SyntheticSet:
         if self.soft_labels is not None:
             tensors["soft_labels"] = self.soft_labels
         sha256 = write_tensors(path / "synthetic.safetensors", tensors)
-        counts = torch.bincount(self.labels, minlength=self.spec.num_classes)
+        counts = torch.bincount(self.labels, minlength=self.spec.num_classes).tolist()
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "shape": list(self.images.shape),
             "factor": self.factor,
             "soft_labels": self.soft_labels is not None,
-            "images_per_class": int(counts.max()),
+            "images_per_class": counts[0] if len(set(counts)) == 1 else counts,
             "channels": self.spec.channels,
             "image_size": self.spec.image_size,
             "mean": self.spec.mean,

@@ -14,9 +14,12 @@ from upath import UPath
 
 from pipeline.errors import StorageError
 
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+# Pillow reads no HEIC, which phones write: such files are listed, so that they are reported.
+SUFFIXES = frozenset((
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
+))  # fmt: skip
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # bytes 8 to 12 of the file
 VERSION_FIELDS = ("size", "ETag", "etag", "mtime", "LastModified", "updated")
 MAX_PIXELS = 89_478_485  # Pillow's threshold; at most 4 RGBA copies are in memory, 1.4 GB
 OF_ONE_FILE = frozenset(  # errors of a single file, not of the disk
@@ -114,8 +117,11 @@ def read_image(file: IO[bytes] | bytes) -> Image.Image:
     try:
         opened = Image.open(file)
     except UnidentifiedImageError:  # its message contains a memory address
-        empty = not file.seek(0, io.SEEK_END)
-        reason = "the file is empty" if empty else "not an image format that Pillow knows"
+        file.seek(0)
+        head = file.read(12)
+        reason = "not an image format that Pillow knows" if head else "the file is empty"
+        if head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS:
+            reason = "HEIC, which Pillow does not read; convert it to JPEG or PNG"
         raise UnidentifiedImageError(reason) from None
     with opened as image:
         if image.width * image.height > MAX_PIXELS:

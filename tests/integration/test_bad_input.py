@@ -105,6 +105,11 @@ def sixteen_bits_each(path: Path, kind: int, *channels: int) -> None:
     write_png(path, 16, 16, kind, row * 16)
 
 
+def heic(path: Path) -> None:
+    """The first bytes of what phones write, and nothing after."""
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+
+
 def truncated(path: Path) -> None:
     image(path, Image.effect_noise((64, 64), 50).convert("RGB"))
     path.write_bytes(path.read_bytes()[:900])
@@ -140,6 +145,8 @@ CASES = [
         "UnidentifiedImageError: not an image format",
     ),
     Case("html.jpg", lambda path: path.write_text("<html>404" * 99), "UnidentifiedImageError"),
+    Case("phone.HEIC", heic, "UnidentifiedImageError: HEIC, .* convert it to JPEG or PNG"),
+    Case("new.avif", lambda path: image(path, halves(), format="AVIF", quality=100), "", RED, BLUE),
     Case("cmyk.jpg", lambda path: image(path, halves("CMYK"), quality=100), "", RED, BLUE),
     Case("sixteen.png", sixteen_bits, "", (200, 200, 200)),
     Case("sixteen-rgb.png", lambda p: sixteen_bits_each(p, 2, *RED), "", RED),

@@ -65,6 +65,8 @@ def test_the_set_and_all_that_shows_it(finished: tuple[Path, Path]) -> None:
     directory = finished[1]
     for name in ("initial", "distilled", "curated"):
         made = ncfm.load(directory / name)
+        manifest = json.loads((directory / name / "manifest.json").read_text())
+        assert manifest["images_per_class"] == [12, 2, 1]
         assert made.images.shape == (15, 3, 16, 16)
         assert made.labels.tolist() == [0] * 12 + [1] * 2 + [2]
     means = made.images.mean((2, 3))  # each image is of its class: its own channel is brightest
