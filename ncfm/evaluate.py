@@ -44,9 +44,10 @@ def train_and_test(
     test_every: int = 0,
     threads: int = 1,
     relabel: Callable[[Tensor, Tensor], Tensor] | None = None,
+    on_batch: Callable[[float], None] | None = None,
 ) -> EvaluationResult:
-    """Train one fresh network and test it after its last epoch; `threads` and `relabel` as those of
-    `train`.
+    """Train one fresh network and test it after its last epoch; `threads`, `relabel` and `on_batch`
+    as those of `train`.
 
     `tail` is what the last `tail_epochs` learn from, if it is not `train_on`. With `test_every`
     the network is also tested after every so many epochs, as the released code does, for the best
@@ -79,6 +80,7 @@ def train_and_test(
         tail_epochs=tail_epochs,
         threads=threads,
         relabel=relabel,
+        on_batch=on_batch,
     )
     result = EvaluationResult(
         confusion_matrix(network, test_on, spec, device=device, threads=threads)

@@ -10,15 +10,30 @@ from upath import UPath
 
 from pipeline.runtime.files import write_atomic
 
+NETWORK_PROGRESS_S = 30.0
+"""Between progress lines of one network in training: many are trained at once."""
+
 
 class Progress:
-    """Prints progress, rate and time left, at most every `interval` seconds and at the end."""
+    """Prints progress, rate and time left, at most every `interval` seconds and at the end.
+
+    With `quiet`, nothing until `interval` seconds have passed, nor at the end: for short work, of
+    which there is much.
+    """
 
     def __init__(
-        self, stage: str, total: int, *, unit: str, done: int = 0, interval: float = 5.0
+        self,
+        stage: str,
+        total: int,
+        *,
+        unit: str,
+        done: int = 0,
+        interval: float = 5.0,
+        quiet: bool = False,
     ) -> None:
         self.stage, self.total, self.unit, self.interval = stage, total, unit, interval
-        self.started, self.first, self.printed = time.monotonic(), done, 0.0
+        self.started, self.first, self.quiet = time.monotonic(), done, quiet
+        self.printed = self.started if quiet else -interval
 
     @property
     def elapsed(self) -> float:
@@ -28,7 +43,7 @@ class Progress:
     def update(self, done: float, **values: float) -> None:
         """Report progress, with some values to print."""
         now = time.monotonic()
-        if now - self.printed < self.interval and done < self.total:
+        if now - self.printed < self.interval and (done < self.total or self.quiet):
             return
         self.printed = now
         rate = (done - self.first) / self.elapsed

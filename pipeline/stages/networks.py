@@ -27,7 +27,7 @@ from ncfm.train import TrainConfig
 from pipeline.data.batches import ClassBatches, StoredImages
 from pipeline.data.pool import Pool
 from pipeline.data.store import Store
-from pipeline.observe.progress import Progress
+from pipeline.observe.progress import NETWORK_PROGRESS_S, Progress
 from pipeline.runtime.files import read_json, write_atomic
 from pipeline.runtime.identity import fingerprint, peak_rss_bytes
 from pipeline.runtime.tasks import run_each
@@ -181,6 +181,8 @@ class EvaluationTask:
             train_on, test_on = (Relabelled(s, self.classes) for s in (train_on, test_on))
         hard = _HARD.get(self.set)
         tail = dataclasses.replace(self, set=hard) if hard else None
+        name, epochs = f"{self.set}, network {self.repeat}", self.training.epochs
+        progress = Progress(name, epochs, unit="epochs", interval=NETWORK_PROGRESS_S, quiet=True)
         result = train_and_test(
             train_on,
             test_on,
@@ -194,6 +196,7 @@ class EvaluationTask:
             test_every=self.best_on_test_every,
             threads=threads,
             relabel=self._view_labels(device) if self.is_relabelled else None,
+            on_batch=lambda epochs: progress.update(round(epochs, 1)),
         )
         return {
             "accuracy": result.accuracy,

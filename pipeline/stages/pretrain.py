@@ -35,14 +35,12 @@ from pipeline.data.pool import (
 from pipeline.data.store import Store
 from pipeline.errors import UsageError
 from pipeline.graph import Run, Stage
-from pipeline.observe.progress import Progress, append_rows, read_rows
+from pipeline.observe.progress import NETWORK_PROGRESS_S, Progress, append_rows, read_rows
 from pipeline.runtime.files import Manifest, write_atomic
 from pipeline.runtime.identity import fingerprint, peak_rss_bytes
 from pipeline.runtime.tasks import MOST_THREADS, run_each
 from pipeline.runtime.workers import Workers
 from pipeline.stages.shard import Shard
-
-PROGRESS_S = 30.0  # between progress lines of a network: many are trained at once
 
 PRETRAIN_VERSION = 2
 """Raise when this stage's results change; see tests/integration/test_golden.py."""
@@ -258,7 +256,9 @@ class _Record:
         self.rows = [row for row in read_rows(self.metrics) if row["epoch"] < done]
         self.saved_at = time.monotonic()
         name, epochs = f"pretrain network {member}", job.config.training.epochs
-        self.progress = Progress(name, epochs, unit="epochs", done=done, interval=PROGRESS_S)
+        self.progress = Progress(
+            name, epochs, unit="epochs", done=done, interval=NETWORK_PROGRESS_S
+        )
 
     def tell(self, epochs: float) -> None:
         """Print progress, rate-limited."""

@@ -1,6 +1,7 @@
 """The evaluation stage: protocols by name, many networks, more repeats, any number of workers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,25 @@ def test_no_core_waits_for_the_last_network() -> None:
     assert thread_shares(6, 3) == [1] * 6
     assert thread_shares(1, 8, largest=4) == [4]
     assert thread_shares(0, 4) == []
+
+
+@pytest.mark.parametrize("interval", [0.0, 60.0])
+def test_a_network_says_how_far_it_is_where_that_takes_long(
+    tiny: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    interval: float,
+) -> None:
+    folder, directory = tiny
+    options = ["--config", str(folder / "tiny.toml"), "--storage_path", str(folder / "runs")]
+    run = Run(parse_command(["evaluate", *options, "--name", directory.name]))
+    task = evaluation_task(run, "distilled", 0, model=run.config.model)
+    monkeypatch.setattr("pipeline.stages.networks.NETWORK_PROGRESS_S", interval)
+    capsys.readouterr()
+    task.run()
+    told = re.findall(r"\[distilled, network 0\] ([\d.]+)/", capsys.readouterr().out)
+    assert bool(told) == (interval == 0)
+    assert [float(value) for value in told] == sorted(float(value) for value in told)
 
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
