@@ -57,7 +57,7 @@ EXEMPT = {
 KEYWORDS = ("until", "do", "done")  # of the shell
 
 FOLDERS = {  # values of --source.path in the documents: all stand for a folder of images
-    *("DATA", "DATASET", "uoft-cs/cifar10", "cifar-10-python.tar.gz"),
+    *("DATA", "uoft-cs/cifar10", "cifar-10-python.tar.gz"),
     *("/shared/data/imagenette2-320", "$SCRATCH/data/imagenette2-320"),
     *("CIFAR10", "CIFAR100", "FASHION_MNIST", "TINY_IMAGENET", "IMAGENET", "IMAGENET100"),
     *(f"IMAGE{s}" for s in ("NETTE", "WOOF", "FRUIT", "MEOW", "SQUAWK", "YELLOW")),

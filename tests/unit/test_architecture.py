@@ -60,3 +60,7 @@ def test_a_stage_is_found_from_its_name() -> None:
         found = action_class(name)
         assert found.name == name
         assert found.__module__ == f"pipeline.stages.{name.replace('-', '_')}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
