@@ -35,7 +35,9 @@ def pool(*models: ModelConfig) -> ExtractorPool:
     return ExtractorPool([network(model) for model in models], states)
 
 
-def distiller(pool: ExtractorPool, seed: int, **frequencies: Any) -> Distiller:
+def distiller(
+    pool: ExtractorPool, seed: int, *, precision: Any = "float32", **frequencies: Any
+) -> Distiller:
     images = {c: torch.rand(1, 3, 16, 16, generator=keyed_generator(c, "x")) for c in range(2)}
     return Distiller(
         images,
@@ -43,7 +45,7 @@ def distiller(pool: ExtractorPool, seed: int, **frequencies: Any) -> Distiller:
         spec=SPEC,
         pool=pool,
         seed=seed,
-        config=DistillConfig(num_steps=4, real_batch=8, calibration=1.0),
+        config=DistillConfig(num_steps=4, real_batch=8, calibration=1.0, precision=precision),
         frequencies=FrequencyConfig(num_freqs=64, num_components=4, **frequencies),
         augment=AugmentConfig(),
     )
@@ -101,3 +103,20 @@ def test_wrong_pools() -> None:
         PretrainConfig(networks=1, models=("convnet", "vgg11"))
     with pytest.raises(ValueError, match="got 'resnet19'"):
         PretrainConfig(models=("convnet", "resnet19"))
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_convnext", "torchvision/resnet18"])
+def test_networks_of_the_libraries_take_a_step_in_low_precision(name: str) -> None:
+    """What a GPU does by `precision bfloat16`: the network alone, the rest is float32."""
+    single, low = (
+        distiller(pool(ModelConfig(name=name)), 0, precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    start, moved, moved_low = single.images[0].detach().clone(), updated(single), updated(low)
+    assert moved_low.dtype == torch.float32
+    assert not torch.equal(moved, moved_low)  # negative control
+    assert {v.dtype for v in low.pool.models[0].state_dict().values() if v.is_floating_point()} == {
+        torch.bfloat16
+    }
+    changes = [(m[: len(start)] - start).sign() for m in (moved, moved_low)]
+    assert (changes[0] == changes[1]).float().mean() > 0.8
