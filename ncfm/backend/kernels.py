@@ -2,19 +2,11 @@
 and psi's gradient.
 
 PyTorch's layers write each map to memory and read it again; here a block keeps its maps in a core's
-cache, with a quarter of the multiplications. A C++ compiler makes the kernels for the processor at
-hand, once a process, in two seconds.
+cache, with a quarter of the multiplications.
 """
 
 import ctypes
-import functools
-import logging
-import os
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,33 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ncfm.backend.library import library
 from ncfm.models.convnet import ConvNet
 
-SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
-FLAGS = "-O3 -march=native -ffp-contract=fast -std=gnu++17 -fopenmp -shared -fPIC"
 PANEL = 16  # columns of a matrix that the kernels take together
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernels, compiled by $CXX (`c++`); None, and a warning that says why, if that fails."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernels.so"
-            command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(path)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        message = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-        logger.warning(
-            "no C++ compiler with OpenMP ($CXX, or c++): falling back to PyTorch layers; "
-            "distillation takes up to three times as long, training twice: %s",
-            (message or str(error)).strip().splitlines()[0],
-        )
-        return None
 
 
 class _Block(ctypes.Structure):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ncfm.backend.kernels import library
+from ncfm.backend.library import library
 from pipeline.graph import Action, log
 from pipeline.runtime.workers import available_cores, joins
 

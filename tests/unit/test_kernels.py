@@ -1,5 +1,7 @@
 import copy
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ncfm.backend.library as library_module
 from ncfm.augment import AugmentConfig
-from ncfm.backend import kernels
-from ncfm.backend.kernels import NativeConvNet, can_sum_draws, kernel_logits, library, native
+from ncfm.backend.kernels import NativeConvNet, can_sum_draws, kernel_logits, native
+from ncfm.backend.library import library
 from ncfm.communication import SingleProcess
 from ncfm.distill import DistillConfig, Distiller
 from ncfm.extractors import ExtractorPool
@@ -254,9 +257,10 @@ def test_psi_s_gradient_of_others_goes_the_plain_way(t: Tensor) -> None:
 
 
 @pytest.fixture
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The kernels, not compiled yet."""
+def forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The kernels, not compiled yet, neither here nor in the cache, which is tmp_path / "cache"."""
     library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield monkeypatch
     library.cache_clear()
 
@@ -275,7 +279,7 @@ def test_without_a_compiler_there_are_none(
     forgotten.setenv("CXX", compiler)
     assert native(network()) is None
     assert native(network()) is None
-    (record,) = [r for r in caplog.records if r.name == kernels.__name__]  # once a process
+    (record,) = [r for r in caplog.records if r.name == library_module.__name__]  # once a process
     assert record.levelno == logging.WARNING
     assert "$CXX" in record.message
     assert says in record.message
@@ -326,3 +330,67 @@ def test_the_step_is_the_same_but_for_rounding(sampler: str) -> None:
 
 def test_other_precisions_have_none() -> None:
     assert not isinstance(distill(precision="float64").features.body, NativeConvNet)
+
+
+@pytest.fixture
+def compiled(forgotten: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file with a line for every compilation from here on."""
+    real, log = os.environ.get("CXX") or "c++", tmp_path / "log"
+    script = tmp_path / "compiler"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*) echo >> {log} ;; esac\nexec {real} "$@"\n'
+    )
+    script.chmod(0o755)
+    forgotten.setenv("CXX", str(script))
+    if library() is None:
+        pytest.skip("no kernels here: they need a C++ compiler with OpenMP")
+    library.cache_clear()
+    return log
+
+
+def compilations(log: Path) -> int:
+    return len(log.read_text().splitlines())
+
+
+def kept(tmp_path: Path) -> Path:
+    path, digest = sorted((tmp_path / "cache" / "ncfm").iterdir(), reverse=True)
+    assert (path.suffix, digest.suffix) == (".so", ".sha256")
+    return path
+
+
+def test_other_processes_find_them_in_the_cache(compiled: Path, tmp_path: Path) -> None:
+    assert compilations(compiled) == 1
+    assert library() is not None
+    assert native(network()) is not None
+    assert compilations(compiled) == 1
+
+
+def test_damaged_ones_are_compiled_anew(compiled: Path, tmp_path: Path) -> None:
+    whole, path = kept(tmp_path).read_bytes(), kept(tmp_path)
+    path.unlink()  # a new file: this process may have the old one mapped
+    path.write_bytes(whole[:1000])
+    assert library() is not None
+    assert compilations(compiled) == 2
+    assert path.read_bytes() == whole
+
+
+def test_an_unwritable_cache_costs_a_compilation(
+    compiled: Path, tmp_path: Path, forgotten: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    forgotten.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for number in (2, 3):
+        assert library() is not None
+        assert compilations(compiled) == number
+        library.cache_clear()
+
+
+def test_other_sources_are_other_kernels(
+    compiled: Path, tmp_path: Path, forgotten: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(library_module.SOURCE.parent, tmp_path / "native")
+    source = tmp_path / "native" / library_module.SOURCE.name
+    source.write_text(source.read_text() + "// another\n")
+    forgotten.setattr(library_module, "SOURCE", source)
+    assert library() is not None
+    assert compilations(compiled) == 2

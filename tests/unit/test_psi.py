@@ -8,7 +8,7 @@ import torch
 from test_distill import EVERYTHING, FREQUENCIES, make, real_batch
 from torch import Tensor
 
-from ncfm.backend.kernels import library
+from ncfm.backend.library import library
 from ncfm.communication import SingleProcess
 from ncfm.discrepancy import CF, empirical_cf
 from ncfm.frequencies import FrequencyConfig, ScaleMixture, build_sampler

@@ -39,3 +39,16 @@ def test_planning_shards_does_without_torch() -> None:
     assert not modules & {"torch", *HEAVY}
     assert "pipeline.data.shards" in modules
     assert "torch" in imported("import ncfm")  # negative control
+
+
+def test_writing_shards_does_without_torch() -> None:
+    write = """
+ from pipeline.data.shards import ShardTask, _tar
+ from pipeline.data.sources import Sample
+ task = ShardTask("train", 3, 0, 0, (Sample("a", 3, b""),))
+ assert b"0003-0000000.png" in _tar(task, {"a": b"pixels"}, "png")
+ held = "torch" in sys.modules
+ import torch, webdataset  # may be imported afterwards
+ assert not held and torch.ones(1)
+"""
+    assert "webdataset" in imported(write)
