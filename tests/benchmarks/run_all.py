@@ -28,7 +28,7 @@ FULL: dict[str, list[str]] = {
     "store": ["bench_store.py"],
     "shard": ["bench_shard.py", "bench_shard.py --encoding jpeg"],
     "scaling": ["bench_scaling.py"],
-    "end_to_end": ["bench_end_to_end.py"],
+    "end_to_end": ["bench_end_to_end.py --against 2a755c1 --seeds 0 1 2 3 4"],
 }
 """Benchmark -> commands."""
 QUICK: dict[str, list[str]] = {
@@ -58,8 +58,8 @@ COMPARISONS = (
     Comparison("store", "batch", "tensor in memory", "store"),
     Comparison("scaling", "step", "one worker", "two workers"),
     Comparison("scaling", "step", "this process", "Ray Train"),
-    Comparison("end_to_end", "run", "first version", "this version"),
-    Comparison("end_to_end", "accuracy", "first version", "this version"),
+    Comparison("end_to_end", "run", "2a755c1", "this version"),
+    Comparison("end_to_end", "accuracy", "2a755c1", "this version"),
 )
 """The README's table."""
 
