@@ -17,6 +17,8 @@ from ncfm.images import ImageSource, ImageSpec, epoch_order, to_unit
 from ncfm.tensor_files import file_sha256, read_tensors, write_tensors
 
 FORMAT, VERSION = "ncfm-synthetic", 1
+SHIPPED = Path(__file__).parent / "sets"
+"""Sets that come with the package, a folder each."""
 REQUIRED = ("factor", "channels", "image_size", "mean", "std", "class_names", "sha256")
 
 
@@ -198,7 +200,8 @@ class SyntheticSet:
 
 
 def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
-    """Load a set written by `SyntheticSet.save`, or one of the Hugging Face hub: hf://owner/name,
+    """Load a set written by `SyntheticSet.save`; one that comes with the package, by its name
+    (fashionmnist-ipc1, fashionmnist-ipc10); or one of the Hugging Face hub: hf://owner/name,
     hf://owner/name@revision (needs the package huggingface_hub).
 
     The images of a local set are a memory map of the file. Raises FileNotFoundError if there is no
@@ -208,8 +211,13 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
         name = str(directory).removeprefix("hf://").removeprefix("datasets/")
         directory = download(name, ["manifest.json", "synthetic.safetensors"])
     path = UPath(directory)
+    if not path.exists() and (SHIPPED / str(directory) / "manifest.json").exists():
+        path = UPath(SHIPPED / str(directory))
     if not (path / "manifest.json").exists():
-        raise FileNotFoundError(f"no synthetic set at {path}: it has no manifest.json")
+        shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/manifest.json")))
+        raise FileNotFoundError(
+            f"no synthetic set at {path}: it has no manifest.json; with the package come {shipped}"
+        )
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save
 
 import ncfm
 from ncfm.images import ImageSpec
-from ncfm.synthetic import SyntheticConfig, SyntheticSet, initial_images
+from ncfm.synthetic import SHIPPED, SyntheticConfig, SyntheticSet, initial_images
 
 SPEC = ImageSpec(
     channels=3, image_size=9, mean=(0.4, 0.5, 0.6), std=(0.2,) * 3, class_names=("cat", "größe")
@@ -80,6 +81,26 @@ def test_a_small_class_repeats_its_images() -> None:
     assert torch.equal(start[0], start[1])
     with pytest.raises(ValueError, match="without a real image"):
         initial_images(real[:0], 2, SyntheticConfig(), torch.Generator())
+
+
+@pytest.mark.parametrize(("name", "ipc"), [("fashionmnist-ipc1", 1), ("fashionmnist-ipc10", 10)])
+def test_the_sets_of_the_package(
+    name: str, ipc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = ncfm.load(name)
+    assert shipped.images.shape == (10 * ipc, 1, 28, 28)
+    assert shipped.labels.bincount().tolist() == [ipc] * 10
+    assert shipped.class_names[0] == "T-shirt/top"
+    for file in (SHIPPED / name).iterdir():  # no path of the machine that made it
+        assert not re.search(rb"/(work|home|tmp|root)/", file.read_bytes()), file
+    make_set().save(tmp_path / name)  # a folder of that name comes first
+    assert ncfm.load(name).images.shape != shipped.images.shape
+
+
+def test_a_name_of_no_set_tells_those_there_are() -> None:
+    with pytest.raises(FileNotFoundError, match=r"with the package come .*fashionmnist-ipc10"):
+        ncfm.load("fashionmnist-ipc11")
 
 
 @pytest.mark.parametrize(
