@@ -5,8 +5,8 @@
 It needs no Ray. `plain`: PyTorch's own layers, malloc as it is, whole batches, one network after
 another, each on all cores. `pipeline`: as the evaluate stage trains them, a network a core, and the
 remaining ones share the cores. The networks are the built-in preset's: those of one set of as many
-images as its synthetic set shows (`small`: 40 images, 200 epochs), of its whole set (`whole`: 2000
-images, 5 epochs), and of all four sets of its stage (`stage`). The variants take turns, all
+images as its synthetic set shows (`small`: 40 images), of its whole set (`whole`: 2000
+images), and of all four sets of its stage (`stage`). The variants take turns, all
 networks of a case each. Accuracies differ by rounding, which a training amplifies.
 """
 
