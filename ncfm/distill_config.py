@@ -65,9 +65,9 @@ class DistillConfig:
     32 at 128."""
     compile: bool | None = None
     """Compile the extractor. A ConvNet with instance norm, in float32 on a CPU, uses native kernels
-    (`ncfm.backend.kernels`, two seconds), everything else torch.compile (half a minute). None:
-    where it works (both need a C++ compiler), and torch.compile only in runs of at least 500 steps,
-    which win its half a minute back."""
+    (`ncfm.backend.kernels`, compiled once per machine), everything else torch.compile (half a
+    minute). None: where it works (both need a C++ compiler), and torch.compile only in runs of at
+    least 500 steps, which win its half a minute back."""
     cuda_graphs: bool = False
     """Replay what torch.compile makes of the extractor as CUDA graphs, which saves launches and
     costs memory. Without effect but on a GPU, where it has not been measured yet."""

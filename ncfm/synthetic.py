@@ -211,12 +211,13 @@ def load_synthetic(directory: str | Path | UPath) -> SyntheticSet:
         name = str(directory).removeprefix("hf://").removeprefix("datasets/")
         directory = download(name, ["manifest.json", "synthetic.safetensors"])
     path = UPath(directory)
-    if not path.exists() and (SHIPPED / str(directory) / "manifest.json").exists():
-        path = UPath(SHIPPED / str(directory))
+    shipped = SHIPPED / str(directory)
+    if (shipped / "manifest.json").exists() and not path.exists():
+        path = UPath(shipped)
     if not (path / "manifest.json").exists():
-        shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/manifest.json")))
+        names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/manifest.json")))
         raise FileNotFoundError(
-            f"no synthetic set at {path}: it has no manifest.json; with the package come {shipped}"
+            f"no synthetic set at {path}: it has no manifest.json; with the package come {names}"
         )
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))

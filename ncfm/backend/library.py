@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ncfm.tensor_files import file_sha256
+
 SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
 FOR_PROCESSOR = ["-O3", "-march=native"]
 FLAGS = [*FOR_PROCESSOR, "-ffp-contract=fast", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC"]
@@ -41,7 +43,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _cache() -> Path:
-    """$XDG_CACHE_HOME/ncfm, or ~/.cache/ncfm; for a user without a home what cannot be written."""
+    """$XDG_CACHE_HOME/ncfm, or ~/.cache/ncfm; an unwritable path if there is no home directory."""
     if "XDG_CACHE_HOME" in os.environ:
         return Path(os.environ["XDG_CACHE_HOME"], "ncfm")
     try:
@@ -61,19 +63,15 @@ def _key(compiler: list[str]) -> str:
 
 
 def _loaded(path: Path) -> ctypes.CDLL | None:
-    """The library in the cache; None if there is none, or a damaged one, which must not be loaded:
-    a truncated library kills the process.
+    """The cached library; None if it is missing or damaged. The hash is checked before loading:
+    a truncated library would kill the process.
     """
     try:
-        if _digest(path) == path.with_suffix(".sha256").read_text(encoding="ascii"):
+        if file_sha256(path) == path.with_suffix(".sha256").read_text(encoding="ascii"):
             return ctypes.CDLL(str(path))
     except (OSError, ValueError):
         return None
     return None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _compiled(compiler: list[str], kept: Path) -> ctypes.CDLL:
@@ -84,7 +82,7 @@ def _compiled(compiler: list[str], kept: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(made))
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            made.with_suffix(".sha256").write_text(_digest(made), encoding="ascii")
+            made.with_suffix(".sha256").write_text(file_sha256(made), encoding="ascii")
             for suffix in (".so", ".sha256"):
                 beside = kept.with_suffix(f"{suffix}.{platform.node()}.{os.getpid()}")
                 shutil.copyfile(made.with_suffix(suffix), beside)

@@ -33,7 +33,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",  # its "[repeated 2x across cluster]" is always green
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line of a worker is printed twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Of a cluster on this machine: processes that have imported PyTorch serve the next stage, too.
+    # On this machine's own cluster, let the next stage reuse processes that have imported PyTorch.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 

@@ -37,7 +37,7 @@ SHARED = {
 }
 OURS = {"distill.lr": "0.01", "distill.calibration": "30"}
 FASHION = {"distill.calibration": "10", "frequencies.sigma": "3"}
-"""The best of calibration 0.5, 5, 30 and sigma 1, 3 on images held out of train (width 64)."""
+"""From a search over calibration 0.5, 5, 30 and sigma 1, 3 on images held out of train."""
 METHODS = ("ours", "dance", "tgdd", "ncfm", "dm")
 NARROW = {"model.width": "64", "distill.num_steps": "600", "evaluate.training.epochs": "300"}
 INGREDIENTS = {
