@@ -196,7 +196,7 @@ class Distiller:
             metrics["calibration"] = self._calibrate(stored, step)
         gradient_sums = [p.grad.sum() for p in stored if p.grad is not None]
         self._check_finite(*by_class, torch.stack(gradient_sums))  # waits for a GPU once
-        self.optimizer.step([images.grad for images in stored])
+        self.optimizer.step([images.grad for images in stored], cfg.learning_rate(self.step))
         if ascent is not None:
             metrics["psi_objective"] = by_class[1].sum()
             self._step_psi(ascent)

@@ -1,5 +1,6 @@
 """The configuration of a distillation."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ class DistillConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     """Learning rate of the images; every class takes exactly one optimiser step per minmax step."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate of a step. constant: lr. cosine: lr (1 + cos(pi step / num_steps)) / 2."""
     momentum: float = 0.5
     """Momentum of the images' SGD; AdamW ignores it."""
     weight_decay: float = 5e-4
@@ -76,6 +79,12 @@ class DistillConfig:
     and images and psi are kept in it. On a CPU with bfloat16 instructions (AVX512_BF16, AMX) it
     makes torch.compile's code up to 1.5 times faster, but the native kernels in float32 were faster
     still; what it does to gradients and accuracy: tests/benchmarks/study."""
+
+    def learning_rate(self, step: int) -> float:
+        """The images' learning rate of a step, counted from 0."""
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * step / self.num_steps)) / 2
+        return self.lr
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "real_batch", "inner_steps", "chunk_size", "graph_images"):

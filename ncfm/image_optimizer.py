@@ -28,8 +28,8 @@ class ImageOptimizer:
                 params, lr=config.lr, weight_decay=config.weight_decay
             )
 
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Clip each class's gradient, (ipc, C, H, W), and step all images."""
+    def step(self, gradients: Sequence[Tensor | None], lr: float) -> None:
+        """Clip each class's gradient, (ipc, C, H, W), and step all images at this learning rate."""
         for parameter, gradient in zip(self.images.values(), gradients, strict=True):
             parameter.grad = gradient
             # Class by class: what a class does must not depend on which others share its worker.
@@ -37,6 +37,8 @@ class ImageOptimizer:
                 nn.utils.clip_grad_norm_(parameter, self.config.clip_grad_norm)
             if self.config.clip_grad_value is not None:
                 nn.utils.clip_grad_value_(parameter, self.config.clip_grad_value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -95,6 +95,7 @@ class Loop:
     ) -> None:
         self.preempted, self.saved_for_reclaim = preempted or (lambda: False), False
         self.job, self.context, self.costs = job, current_context(device), job.costs()
+        self.until = job.distill.num_steps
         spec = job.store.spec
         self.class_names = spec.class_names
         self.groups = assign(self.costs, self.context.world_size)
@@ -179,9 +180,10 @@ class Loop:
                 return state
             at_most = min(steps)  # a part that only some workers read is damaged
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Run the remaining steps; the last checkpoint holds the result."""
+    def run(self, progress: Progress | None = None, until: int | None = None) -> None:
+        """Run the remaining steps, those before `until`; the last checkpoint holds the result."""
         job, distiller = self.job, self.distiller
+        self.until = until or self.until
         self.progress = progress or Progress(
             "distill", job.distill.num_steps, unit="steps", done=distiller.step
         )
@@ -193,16 +195,13 @@ class Loop:
         if distiller.step == 0:
             self._snapshot()
         self._start_interval()
-        while distiller.step < job.distill.num_steps:
+        while distiller.step < self.until:
             real = self.real.step(distiller.step, job.distill.real_batch)
             for name, value in distiller.update(real).items():
                 self.sums[name] = self.sums.get(name, 0) + value
             if distiller.step in shown:
                 self._snapshot()
-            if (
-                distiller.step == job.distill.num_steps
-                or distiller.step % job.runtime.log_every == 0
-            ):
+            if self._is_last() or distiller.step % job.runtime.log_every == 0:
                 self._log()
         self.trackers.close()
 
@@ -249,7 +248,7 @@ class Loop:
             write_snapshot(self.job.snapshots, self.distiller.step, self.distiller.images)
 
     def _is_last(self) -> bool:
-        return self.distiller.step == self.job.distill.num_steps
+        return self.distiller.step == self.until
 
     def _report(
         self, means: dict[str, float], sent: float, step_s: float, seconds: list[float]

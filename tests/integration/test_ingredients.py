@@ -94,19 +94,16 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
         *("network-000.safetensors", "network-001.safetensors"),
         *("snapshot-000-0002.safetensors", "snapshot-001-0002.safetensors"),
     ]
-    whole = loop(trained, tmp_path / "whole")
+    changes = {"distill": dataclasses.replace(trained[0].distill, schedule="cosine")}
+    whole = loop(trained, tmp_path / "whole", **changes)
     assert len(whole.distiller.frequencies.samplers) == 2
     assert [len(images) for images in whole.distiller.images.values()] == [3, 2, 1]
     whole.run()
     rows = read_rows(UPath(tmp_path / "whole" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {"distill/ncfd", "distill/calibration", "distill/psi_objective"} <= set(rows[0])
-    cut = loop(trained, tmp_path / "cut")
-    for step in range(3):
-        cut.distiller.update(cut.real.step(step, 20))
-    cut._save()
-    cut.writer.wait()
-    resumed = loop(trained, tmp_path / "cut")
+    loop(trained, tmp_path / "cut", **changes).run(until=3)
+    resumed = loop(trained, tmp_path / "cut", **changes)
     assert resumed.distiller.step == 3
     resumed.run()
     states = [load_checkpoint(UPath(tmp_path / name / "checkpoints")) for name in ("whole", "cut")]

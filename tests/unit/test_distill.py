@@ -120,15 +120,20 @@ class TestInvariants:
             together["class/3/optimizer/exp_avg"], alone["class/3/optimizer/exp_avg"]
         )
 
-    @pytest.mark.parametrize("per_network", [False, True])
-    def test_resume_is_exact(self, per_network: bool) -> None:
+    @pytest.mark.parametrize(
+        ("per_network", "schedule"), [(False, "constant"), (True, "constant"), (False, "cosine")]
+    )
+    def test_resume_is_exact(self, per_network: bool, schedule: Any) -> None:
         """Fault 5: a run that is stopped and goes on equals the undisturbed one, bit for bit, psi
         included.
         """
-        frequencies = dataclasses.replace(FREQUENCIES, per_network=per_network)
-        undisturbed = run(make(frequencies=frequencies), 8)
-        resumed = make(frequencies=frequencies)
-        resumed.load_state_dict(run(make(frequencies=frequencies), 3))
+        options: dict[str, Any] = {
+            "frequencies": dataclasses.replace(FREQUENCIES, per_network=per_network),
+            "config": dataclasses.replace(EVERYTHING, schedule=schedule),
+        }
+        undisturbed = run(make(**options), 8)
+        resumed = make(**options)
+        resumed.load_state_dict(run(make(**options), 3))
         state = run(resumed, 5)
         assert state.keys() == undisturbed.keys()
         for key, value in undisturbed.items():
@@ -368,6 +373,27 @@ class TestPrecision:
             part = run(make(classes, **fast), 4)
             for c in classes:
                 assert torch.equal(part[f"class/{c}/images"], whole[f"class/{c}/images"])
+
+
+class TestSchedule:
+    @pytest.mark.parametrize(("step", "part"), [(0, 1.0), (10, 0.75), (15, 0.5), (20, 0.25)])
+    def test_cosine_scales_the_move_of_a_step(self, step: int, part: float) -> None:
+        """(1 + cos(pi step / 30)) / 2 of the move at a constant rate from the same images."""
+        config = dataclasses.replace(
+            EVERYTHING, optimizer="sgd", lr=1.0, momentum=0.0, loss_weight=1.0, weight_decay=0.0
+        )
+        moves = []
+        for schedule in ("constant", "cosine"):
+            distiller = make(**without_psi(dataclasses.replace(config, schedule=schedule)))
+            distiller.step = step
+            with torch.no_grad():
+                for images in distiller.images.values():
+                    images.mul_(0.2).add_(0.4)
+            before = distiller.images[0].detach().clone()
+            run(distiller, 1)
+            moves.append(distiller.images[0].detach() - before)
+        assert moves[0].abs().max() > 1e-3
+        torch.testing.assert_close(moves[1], part * moves[0], atol=1e-6, rtol=1e-3)
 
 
 class TestClipping:

@@ -80,8 +80,7 @@ class TrialJob:
         for rung in range(len(done), len(self.rungs)):
             began = time.monotonic()
             steps = self.rungs[rung]
-            config = replace(self.distill.distill, num_steps=steps)
-            Loop(replace(self.distill, distill=config), device).run(progress)
+            Loop(self.distill, device).run(progress, until=steps)
             accuracies = self._accuracies(steps, device)
             result = {
                 "step": steps,
